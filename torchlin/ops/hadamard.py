@@ -1,0 +1,351 @@
+"""The fast Hadamard transform: reference, fake kernel, autograd and the public function.
+
+The raw ops compute y = scale · H (s ∘ x), or its transpose y = scale · s ∘ (Hᵀ x), along one dimension; both are linear in x
+and in s, so derivatives of every order are calls of the same op.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchlin import _library
+from torchlin.ops._checks import (
+    check_dim,
+    check_float_tensor,
+    check_inplace,
+    check_out,
+    check_scale,
+    compute_dtype,
+    needs_grad,
+)
+from torchlin.ops.hadamard_matrix import core_matrix, hadamard_order
+
+_raw: Any = torch.ops.torchlin
+
+# H_K on each device, made once: {(K, device): int8 (K, K)}.
+_cores: dict[tuple[int, torch.device], Tensor] = {}
+# K of each order that was asked for: a look-up, because a small tensor's call has microseconds to spend.
+_ks: dict[int, int] = {}
+
+
+def hadamard_transform_reference(
+    x: Tensor,
+    scale: float | None = None,
+    *,
+    dim: int = -1,
+    block_size: int | None = None,
+    signs: Tensor | None = None,
+    had_k: Tensor | None = None,
+    transpose: bool = False,
+) -> Tensor:
+    """The transform in plain torch: oracle of the tests, baseline of the benchmarks, fallback where no kernel runs.
+
+    Same arguments, result and rounding as :func:`hadamard_transform`; every intermediate is float32 (float64 for float64 x).
+    """
+    dim, order, scale, signs, had_k = _check(x, scale, dim, block_size, signs, had_k)
+    return _reference(x, scale, dim, order, signs, had_k, transpose)
+
+
+def _reference(
+    x: Tensor, scale: float, dim: int, order: int, signs: Tensor | None, had_k: Tensor | None, transpose: bool
+) -> Tensor:
+    size = x.shape[dim]
+    rows = x.movedim(dim, -1).to(compute_dtype(x.dtype))  # (..., N)
+    y = rows if signs is None or transpose else rows * signs
+    k = 1 if had_k is None else had_k.shape[0]
+    y = y.reshape(*rows.shape[:-1], size // order * k, order // k)  # (..., blocks · K, P)
+    half = 1
+    while half < order // k:  # radix-2 butterflies over the fast index
+        y = y.unflatten(-1, (order // k // (2 * half), 2, half))  # (..., P / 2h, 2, h)
+        a, b = y.unbind(-2)
+        y = torch.stack((a + b, a - b), -2).flatten(-3)
+        half *= 2
+    if had_k is not None:
+        h = (had_k.mT if transpose else had_k).to(y.dtype)
+        y = h @ y.unflatten(-2, (size // order, k))  # (..., blocks, K, P)
+    y = y.reshape(rows.shape) * scale
+    if signs is not None and transpose:
+        y = y * signs
+    return y.to(x.dtype).movedim(-1, dim)
+
+
+def hadamard_transform(
+    x: Tensor,
+    scale: float | None = None,
+    *,
+    dim: int = -1,
+    block_size: int | None = None,
+    signs: Tensor | None = None,
+    had_k: Tensor | None = None,
+    transpose: bool = False,
+    inplace: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Multiply by a Hadamard matrix along one dimension, in n·log n additions.
+
+    .. math:: y_{..., i} = \text{scale} \cdot \sum_j H_{ij} \, s_j \, x_{..., j}
+
+    With ``transpose=True`` the transpose of that map: :math:`y = \text{scale} \cdot s \circ (H^T x)`, which at the default
+    scale and ±1 signs is its inverse.
+
+    Args:
+        x: float32, float64, float16 or bfloat16 tensor of any strides, at least 1-dimensional. Arithmetic is float32 (float64
+            for float64) with one rounding at the end.
+        scale: factor applied before the rounding; ``None`` is 1/√n, which makes the map orthogonal.
+        dim: the dimension to transform, of size n. A strided dimension is transformed without copying x.
+        block_size: transform blocks of this many neighbours, H = I ⊗ H_g; must divide the size of ``dim``. n is then g.
+        signs: vector s of the size of ``dim``, ±1 or any real numbers; differentiable.
+        had_k: your own Hadamard matrix H_K, (K, K) of ±1, used as H = H_K ⊗ H_{2^k} with n = K·2^k. By default the matrix of
+            :func:`torchlin.hadamard_matrix`.
+        transpose: apply the transposed map.
+        inplace: overwrite and return x.
+        out: tensor that takes the result; x's shape, dtype and device, sharing no memory with the inputs.
+
+    Returns:
+        A tensor of x's shape, dtype and memory format.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: n is no order with a known Hadamard matrix (nothing is ever padded), a size does not fit, ``out`` overlaps
+            an input, or ``inplace`` would overwrite an expanded x or a leaf that needs grad.
+
+    Source: J. J. Sylvester, 1867 (powers of two); R. E. A. C. Paley, "On orthogonal matrices", 1933, and J. Williamson, 1944
+    (other orders). Layout H_K ⊗ H_{2^k} as in QuIP#, QuaRot and SpinQuant.
+
+    Example:
+        >>> import torch, torchlin
+        >>> x = torch.eye(4)
+        >>> torchlin.functional.hadamard_transform(x, scale=1.0)
+        tensor([[ 1.,  1.,  1.,  1.],
+                [ 1., -1.,  1., -1.],
+                [ 1.,  1., -1., -1.],
+                [ 1., -1., -1.,  1.]])
+    """
+    dim, order, scale, signs, had_k = _check(x, scale, dim, block_size, signs, had_k)
+    if out is not None:
+        if inplace:
+            raise ValueError("inplace=True and out= exclude each other: pass one of them")
+        check_out(out, x, signs, had_k)
+    if inplace:
+        check_inplace(x)
+    if not _library.has_kernel(x.device.type):
+        y = _reference(x, scale, dim, order, signs, had_k, transpose)
+        return y if out is None and not inplace else (x if out is None else out).copy_(y)
+    if out is not None or inplace:
+        return _into(x if out is None else out, x, scale, dim, order, signs, had_k, transpose)
+    if needs_grad(x, signs):
+        return _Hadamard.apply(x, signs, had_k, scale, dim, order, transpose)
+    return _raw._hadamard_fwd(x, scale, dim, order, signs, had_k, transpose)
+
+
+def _into(
+    out: Tensor, x: Tensor, scale: float, dim: int, order: int, signs: Tensor | None, had_k: Tensor | None, transpose: bool
+) -> Tensor:
+    """Writes the transform of x into out, which is x itself (in place) or shares no memory with it."""
+    if needs_grad(x, signs):  # in place on a tensor with history
+        if signs is not None and signs.requires_grad:
+            raise ValueError("inplace=True overwrites x, which the gradient of signs needs: use inplace=False")
+        return _HadamardInplace.apply(x, signs, had_k, scale, dim, order, transpose)
+    _raw._hadamard_out(x, scale, dim, order, signs, had_k, transpose, out)
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _check(
+    x: Tensor, scale: float | None, dim: int, block_size: int | None, signs: Tensor | None, had_k: Tensor | None
+) -> tuple[int, int, float, Tensor | None, Tensor | None]:
+    """Validated (dim, order, scale, signs, had_k), in the form that the raw ops take."""
+    check_float_tensor("x", x)
+    dim = check_dim("dim", dim, x.dim())
+    size = operator.index(x.shape[dim])
+    if had_k is None:
+        order, k = check_order(size, block_size)
+        if k > 1:
+            had_k = _core_on(k, x.device)
+    else:
+        order = size if block_size is None else _check_block_size(block_size, size)
+        had_k = _check_had_k(had_k, order, x)
+    if signs is not None:
+        signs = _check_signs(signs, size, x)
+    return dim, order, order**-0.5 if scale is None else check_scale("scale", scale), signs, had_k
+
+
+def check_order(size: int, block_size: int | None = None) -> tuple[int, int]:
+    """(order of the blocks, K of their H_K) for a dimension of this size; ValueError where no such matrix is known."""
+    order = size if block_size is None else _check_block_size(block_size, size)
+    k = _ks.get(order)
+    if k is None:
+        k = _ks[order] = hadamard_order(order)[0]
+    return order, k
+
+
+def _check_block_size(block_size: int, size: int) -> int:
+    if not isinstance(block_size, int) or isinstance(block_size, bool):
+        raise TypeError(f"block_size must be an int or None, got {type(block_size).__name__}")
+    if block_size < 1 or size % block_size:
+        raise ValueError(f"block_size must be a positive divisor of the transformed size {size}, got {block_size}")
+    return block_size
+
+
+def _check_signs(signs: Tensor, size: int, x: Tensor) -> Tensor:
+    if not isinstance(signs, Tensor):
+        raise TypeError(f"signs must be a torch.Tensor or None, got {type(signs).__name__}")
+    if signs.dtype is torch.bool or signs.is_complex():
+        raise TypeError(f"signs must hold real numbers, got {signs.dtype}")
+    if signs.shape != (size,):
+        raise ValueError(f"signs must have shape ({size},), one factor an element of dim, got {tuple(signs.shape)}")
+    if signs.device != x.device:
+        raise ValueError(f"signs must be on x's device {x.device}, got {signs.device}")
+    return signs.to(compute_dtype(x.dtype)).contiguous()
+
+
+def _check_had_k(had_k: Tensor, order: int, x: Tensor) -> Tensor:
+    if not isinstance(had_k, Tensor):
+        raise TypeError(f"had_k must be a torch.Tensor or None, got {type(had_k).__name__}")
+    if had_k.requires_grad:
+        raise ValueError("had_k is a constant of ±1 and cannot require grad: pass had_k.detach()")
+    if had_k.dim() != 2 or had_k.shape[0] != had_k.shape[1] or had_k.shape[0] == 0:
+        raise ValueError(f"had_k must be a square matrix, got shape {tuple(had_k.shape)}")
+    k = operator.index(had_k.shape[0])
+    if order % k or (order // k) & (order // k - 1):
+        raise ValueError(f"had_k of order {k} must divide the transform's order {order} by a power of two")
+    if had_k.device != x.device:
+        raise ValueError(f"had_k must be on x's device {x.device}, got {had_k.device}")
+    h = had_k.to(torch.int8).contiguous()
+    # A traced graph cannot look at values; there the caller's matrix has been seen in eager mode or is taken as it is.
+    if not torch.compiler.is_compiling() and not (had_k.is_meta or _is_hadamard(h, had_k)):
+        raise ValueError("had_k must be a Hadamard matrix: entries ±1 and had_k @ had_k.T = K·I")
+    return h
+
+
+def _is_hadamard(h: Tensor, original: Tensor) -> bool:
+    wide = h.to(torch.float32 if h.shape[0] < 2**24 else torch.float64)  # sums of K ones stay exact
+    identity = torch.eye(h.shape[0], device=h.device, dtype=wide.dtype) * h.shape[0]
+    return bool(((original == h) & (h.abs() == 1)).all()) and torch.equal(wide @ wide.mT, identity)
+
+
+def _core_on(k: int, device: torch.device) -> Tensor:
+    """H_K as the kernels want it, kept for every device that asked."""
+    key = (k, device)
+    core = _cores.get(key)
+    if core is None:
+        core = _cores[key] = core_matrix(k).to(device)
+    return core
+
+
+# torch.compiler.assume_constant_result without its import of the whole compiler: a traced graph holds H_K as a constant.
+_core_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class _Hadamard(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, signs, had_k, scale, dim, order, transpose):
+        return _raw._hadamard_fwd(x, scale, dim, order, signs, had_k, transpose)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, signs, had_k, *ctx.static = inputs
+        saved = (x if signs is not None and signs.requires_grad else None, signs, had_k)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(x if signs is not None else None, signs, had_k)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, signs, had_k = ctx.saved_tensors
+        return *_gradients(grad, x, signs, had_k, *ctx.static), *[None] * 5
+
+    @staticmethod
+    def jvp(ctx, x_tangent, signs_tangent, *_):
+        x, signs, had_k = ctx.saved_tensors
+        scale, dim, order, transpose = ctx.static
+        tangent = None
+        if x_tangent is not None:
+            tangent = _apply(x_tangent, signs, had_k, scale, dim, order, transpose)
+        if signs_tangent is not None:
+            along_signs = _apply(x, signs_tangent, had_k, scale, dim, order, transpose)
+            tangent = along_signs if tangent is None else tangent + along_signs
+        return tangent
+
+
+class _HadamardInplace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, signs, had_k, scale, dim, order, transpose):
+        ctx.static = scale, dim, order, transpose
+        ctx.save_for_backward(signs, had_k)
+        _raw._hadamard_out(x, scale, dim, order, signs, had_k, transpose, x)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        signs, had_k = ctx.saved_tensors
+        return *_gradients(grad, None, signs, had_k, *ctx.static), *[None] * 5
+
+
+def _apply(x, signs, had_k, scale, dim, order, transpose):
+    """The op on arguments that are valid already, differentiable."""
+    if needs_grad(x, signs):
+        return _Hadamard.apply(x, signs, had_k, scale, dim, order, transpose)
+    return _raw._hadamard_fwd(x, scale, dim, order, signs, had_k, transpose)
+
+
+def _gradients(grad, x, signs, had_k, scale, dim, order, transpose):
+    """Gradients to x and, where x was kept for it, to signs."""
+    if x is None:
+        return _apply(grad, signs, had_k, scale, dim, order, not transpose), None
+    # The gradient of signs sums products over the whole batch: keep its factors unrounded.
+    compute = compute_dtype(x.dtype)
+    others = [d for d in range(x.dim()) if d != dim]
+    wide_grad, wide_x = grad.to(compute), x.to(compute)
+    if transpose:  # y = s ∘ v with v = scale · Hᵀ x
+        v = _apply(wide_x, None, had_k, scale, dim, order, True)
+        product = wide_grad * v
+        grad_x = _apply(grad, signs, had_k, scale, dim, order, False)
+    else:  # y = scale · H (s ∘ x), u = scale · Hᵀ grad
+        u = _apply(wide_grad, None, had_k, scale, dim, order, True)
+        product = u * wide_x
+        shape = [1] * x.dim()
+        shape[dim] = -1
+        grad_x = (u * signs.view(shape)).to(x.dtype)
+    return grad_x, product.sum(others) if others else product
+
+
+def _fake_fwd(x, scale, dim, order, signs, had_k, transpose):
+    return torch.empty_like(x)
+
+
+def _fake_out(x, scale, dim, order, signs, had_k, transpose, out):
+    return None
+
+
+def _vmap_fwd(info, in_dims, x, scale, dim, order, signs, had_k, transpose):
+    """One call for the whole batch: x's batch dimension is one more, s multiplies outside where it is batched."""
+    x_dim, *_, signs_dim, _, _ = in_dims
+    if x_dim is None:
+        x = x.expand(info.batch_size, *x.shape)
+    else:
+        x = x.movedim(x_dim, 0)
+    if signs_dim is None:
+        return _raw._hadamard_fwd(x, scale, dim + 1, order, signs, had_k, transpose), 0
+    shape = [1] * x.dim()
+    shape[0], shape[dim + 1] = info.batch_size, -1
+    factors = signs.movedim(signs_dim, 0).reshape(shape)
+    wide = x.to(signs.dtype)
+    if transpose:
+        y = _raw._hadamard_fwd(wide, scale, dim + 1, order, None, had_k, True) * factors
+    else:
+        y = _raw._hadamard_fwd(wide * factors, scale, dim + 1, order, None, had_k, False)
+    return y.to(x.dtype), 0
+
+
+if _library.status()["cpu"].loaded:
+    torch.library.register_fake("torchlin::_hadamard_fwd", _fake_fwd)
+    torch.library.register_fake("torchlin::_hadamard_out", _fake_out)
+    torch.library.register_vmap("torchlin::_hadamard_fwd", _vmap_fwd)
