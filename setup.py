@@ -58,7 +58,8 @@ class NinjaBuild(build_ext):
         import torch  # only a build needs torch
 
         torch_dir = Path(torch.__file__).resolve().parent
-        build = (Path(self.build_temp) / ("debug" if self.debug else "release")).resolve()
+        # Not setuptools' temporary folder: an editable install throws that away, and nothing would be incremental.
+        build = ROOT / "build" / f"native-torch{torch.__version__}{'-debug' if self.debug else ''}"
         build.mkdir(parents=True, exist_ok=True)
         optimise = ["-O1", "-g"] if self.debug else ["-O3"]
         extra = os.environ.get("TORCHLIN_CXXFLAGS", "").split()
@@ -68,7 +69,6 @@ class NinjaBuild(build_ext):
         relocate = f"-ffile-prefix-map={ROOT}/=" f" -ffile-prefix-map={torch_dir}/=torch/"
         cxx = [*optimise, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
                "-ffp-contract=fast", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", relocate, *define, *include, *extra]  # fmt: skip
-        # GNU's unique symbols would pin the library in memory and leak between versions; strip keeps the wheel small.
         link = ["-shared", "-Wl,--gc-sections", "-Wl,-z,defs" if "-fsanitize" not in " ".join(extra) else "",
                 "" if self.debug else "-s", f"-L{torch_dir / 'lib'}", *[f for f in extra if f.startswith("-fsanitize")]]  # fmt: skip
 

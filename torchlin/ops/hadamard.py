@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torchlin import _library
 from torchlin.ops._checks import (
@@ -28,8 +29,6 @@ _raw: Any = torch.ops.torchlin
 
 # H_K on each device, made once: {(K, device): int8 (K, K)}.
 _cores: dict[tuple[int, torch.device], Tensor] = {}
-# K of each order that was asked for: a look-up, because a small tensor's call has microseconds to spend.
-_ks: dict[int, int] = {}
 
 
 def hadamard_transform_reference(
@@ -178,10 +177,7 @@ def _check(
 def check_order(size: int, block_size: int | None = None) -> tuple[int, int]:
     """(order of the blocks, K of their H_K) for a dimension of this size; ValueError where no such matrix is known."""
     order = size if block_size is None else _check_block_size(block_size, size)
-    k = _ks.get(order)
-    if k is None:
-        k = _ks[order] = hadamard_order(order)[0]
-    return order, k
+    return order, _k_of(order)
 
 
 def _check_block_size(block_size: int, size: int) -> int:
@@ -229,16 +225,23 @@ def _is_hadamard(h: Tensor, original: Tensor) -> bool:
     return bool(((original == h) & (h.abs() == 1)).all()) and torch.equal(wide @ wide.mT, identity)
 
 
+def _k_of(order: int) -> int:
+    return hadamard_order(order)[0]
+
+
 def _core_on(k: int, device: torch.device) -> Tensor:
     """H_K as the kernels want it, kept for every device that asked."""
     key = (k, device)
     core = _cores.get(key)
     if core is None:
-        core = _cores[key] = core_matrix(k).to(device)
+        # A kept tensor must be a real one, whatever mode (fake tensors, inference) its first caller is in.
+        with _disable_current_modes(), torch.inference_mode(False):
+            core = _cores[key] = core_matrix(k).to(device)
     return core
 
 
-# torch.compiler.assume_constant_result without its import of the whole compiler: a traced graph holds H_K as a constant.
+# torch.compiler.assume_constant_result without its import of the whole compiler: a traced graph holds K and H_K as constants.
+_k_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _core_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
