@@ -1,4 +1,4 @@
-"""Tables and progress for people: `rich` on a terminal, plain lines when the output is piped or `rich` is missing."""
+"""Tables and progress for people: `rich` on a terminal, plain lines in a pipe or where `rich` is missing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _is_figure(text: str) -> bool:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Prints a table to stdout; columns that hold only figures are aligned to the right.
 
-    Cells are shown as `str(cell)` (None as an empty cell), so the caller decides how many digits a number has.
+    Cells are shown as `str(cell)` (None as an empty cell): the caller decides how many digits a number has.
 
     Example:
         >>> table("time", ["n", "us"], [[256, "0.05"], [16384, "4.10"]])
@@ -59,12 +59,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
 
 
 def _plain_table(title: str, columns: Sequence[str], cells: list[list[str]], right: list[bool]) -> None:
-    widths = [max(map(len, column)) for column in zip(columns, *cells)]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     lines = [list(columns), ["-" * width for width in widths], *cells]
     if title:
         print(title)
     for line in lines:
-        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right))
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True))
         print("  ".join(padded).rstrip())
 
 
@@ -75,7 +75,7 @@ def _rich_table(title: str, columns: Sequence[str], cells: list[list[str]], righ
     from rich.text import Text
 
     shown = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
-    for name, is_right in zip(columns, right):
+    for name, is_right in zip(columns, right, strict=True):
         shown.add_column(Text(name), justify="right" if is_right else "left", overflow="fold")
     for row in cells:  # Text: a cell such as "[C, N]" is not markup
         shown.add_row(*(Text(cell) for cell in row))
@@ -136,7 +136,7 @@ class Progress(Generic[T]):
 
 
 def progress(work: Iterable[T] | int, description: str) -> Progress[T]:
-    """Shows on stderr how far a loop is, once it has lasted two seconds: a bar on a terminal, otherwise lines.
+    """Shows on stderr how far a loop is, once it has lasted two seconds: a bar on a terminal, else lines.
 
     `work` is either what to iterate over or the number of steps that `advance()` will count.
 
@@ -174,12 +174,19 @@ class _Bar:
             if self._timer is None:  # closed meanwhile
                 return
             if _Bar._display is None:
-                columns = (rp.TextColumn("{task.description}", markup=False), rp.BarColumn(), rp.MofNCompleteColumn(),
-                           rp.TimeElapsedColumn(), rp.TimeRemainingColumn())
+                columns = (
+                    rp.TextColumn("{task.description}", markup=False),
+                    rp.BarColumn(),
+                    rp.MofNCompleteColumn(),
+                    rp.TimeElapsedColumn(),
+                    rp.TimeRemainingColumn(),
+                )
                 _Bar._display = rp.Progress(*columns, console=Console(stderr=True), transient=True)
                 _Bar._display.start()
             _Bar._shown += 1
-            self._task = _Bar._display.add_task(self._of.description, total=self._of.total, completed=self._of.done)
+            self._task = _Bar._display.add_task(
+                self._of.description, total=self._of.total, completed=self._of.done
+            )
             # Rich counts from here; the work began PATIENCE_S earlier, by the same clock.
             next(t for t in _Bar._display.tasks if t.id == self._task).start_time = self._of._started
 
