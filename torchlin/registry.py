@@ -49,7 +49,8 @@ class Entry:
     def signature(self) -> str:
         """The arguments that :func:`create` passes on."""
         try:
-            return str(inspect.signature(self.target)).split(" -> ")[0]
+            text = str(inspect.signature(self.target)).split(" -> ")[0]
+            return re.sub(r": '([^']*)'", r": \1", text)  # annotations that were never evaluated
         except (TypeError, ValueError):  # a builtin without one
             return "(...)"
 
@@ -257,14 +258,37 @@ def describe(kind: str, name: str) -> Entry:
     return entry
 
 
+def find(name: str) -> list[Entry]:
+    """What is registered under a name or alias, in every kind.
+
+    Raises:
+        UnknownNameError: no kind has it; the closest names are given.
+
+    Example:
+        >>> from torchlin import registry
+        >>> [entry.kind for entry in registry.find("hadamard")]
+        ['transform']
+    """
+    tables = [_table(kind) for kind in KINDS]
+    found = [table[_fold(name)] for table in tables if _fold(name) in table]
+    if not found:
+        close = _closest(name, {key for table in tables for key in table})
+        raise UnknownNameError(f"name: {name!r} is registered in no kind{_suggest(close)}")
+    return found
+
+
 def _unknown_message(kind: str, name: str, table: Mapping[str, Entry]) -> str:
     message = f"name: {name!r} is no registered {kind}"
     if others := [other for other in KINDS if _fold(name) in _entries[other]]:
         message += f"; it is a registered {' and '.join(others)}"
-    elif close := _closest(name, table):
-        message += f"; the closest: {', '.join(map(repr, close))}"
+    else:
+        message += _suggest(_closest(name, table))
     count = len({id(entry) for entry in table.values()})
     return f"{message}. torchlin.names({kind!r}) lists all {count}"
+
+
+def _suggest(close: list[str]) -> str:
+    return f"; the closest: {', '.join(map(repr, close))}" if close else ""
 
 
 def _closest(name: str, known: Iterable[str]) -> list[str]:

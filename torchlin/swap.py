@@ -44,15 +44,15 @@ def swap_(
         model: what to change; it can not be replaced itself.
         replacements: {which: by what}.
 
-            Which is a class, for modules of exactly that class (a subclass may do something else); a name as in
-            `model.named_modules()`; or such a name with the wildcards of `fnmatch` ("layers.*.act", where "*"
-            crosses dots). A name goes before a pattern, a pattern before a class, and earlier keys before later
-            ones. What is inside a replaced module is left alone.
+            Which is a class, for modules of exactly that class (a subclass may do something else); a name as
+            in `model.named_modules()`; or such a name with the wildcards of `fnmatch` ("layers.*.act", where
+            "*" crosses dots). A name goes before a pattern, a pattern before a class, and earlier keys before
+            later ones. What is inside a replaced module is left alone.
 
-            By what is a name, a dict, a class or a `functools.partial` of one, as in :func:`torchlin.create`; a
-            function, which gets the old module and returns the new one (or the old one, to leave it); or a
-            Module, which keeps its own weights: under a name it is used itself, under a pattern or a class each
-            place gets a copy.
+            By what is a name, a dict, a class or a `functools.partial` of one, as in :func:`torchlin.create`;
+            a function, which gets the old module and returns the new one (or the old one, to leave it); or a
+            Module, which keeps its own weights: under a name it is used itself, under a pattern or a class
+            each place gets a copy.
         kind: of the registered names among the replacements.
 
     Returns:

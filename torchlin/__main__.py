@@ -1,0 +1,5 @@
+"""`python -m torchlin` is `torchlin`."""
+
+from torchlin.cli import main
+
+raise SystemExit(main())
