@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from typing import Any, Generic, TextIO, TypeVar
+from typing import Any, Generic, TextIO, TypeVar, overload
 
 T = TypeVar("T")
 
@@ -135,7 +135,11 @@ class Progress(Generic[T]):
         return f"{self.description}: {self.done}{of}"
 
 
-def progress(work: Iterable[T] | int, description: str) -> Progress[T]:
+@overload
+def progress(work: int, description: str) -> Progress[None]: ...
+@overload
+def progress(work: Iterable[T], description: str) -> Progress[T]: ...
+def progress(work: Iterable[T] | int, description: str) -> Progress[T] | Progress[None]:
     """Shows on stderr how far a loop is, once it has lasted two seconds: a bar on a terminal, else lines.
 
     `work` is either what to iterate over or the number of steps that `advance()` will count.
