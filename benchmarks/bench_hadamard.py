@@ -433,7 +433,8 @@ def gpu_rows(session: Session, powers: Sequence[int], quick: bool) -> None:
     dao = rivals.dao_kernel()
     for place in ("L2-resident", "DRAM-bound"):
         # Input and output together: half of the L2, or several buffers of a size that no L2 keeps.
-        total, buffers = (l2 // 4, 1) if place == "L2-resident" else (max(l2, 64 * MIB), 2 if quick else 4)
+        resident = place == "L2-resident"
+        total, buffers = (l2 // 4, 1) if resident else (l2, 2) if quick else (max(l2, 64 * MIB), 4)
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for power in powers:
                 n = 1 << power

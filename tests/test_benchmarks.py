@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -378,6 +380,69 @@ def test_hadamard_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     out = capsys.readouterr().out
     assert str(tmp_path / "hadamard.csv") in out
     assert "add floor" in out
+
+
+def test_a_graph_holds_every_turn_and_is_captured_once(monkeypatch: pytest.MonkeyPatch):
+    """CudaTimer with a stand-in for the device: capturing runs the calls, replaying does not."""
+    log: list[str] = []
+    replays: list[int] = []
+
+    class Graph:
+        def replay(self) -> None:
+            replays.append(1)
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = len(replays)
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return 0.25 * (end.at - self.at)  # ms
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None:
+            pass
+
+    for name, fake in {
+        "CUDAGraph": Graph,
+        "Event": Event,
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "graph": lambda graph: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    timer = harness.CudaTimer()
+    calls = [lambda: log.append("x"), lambda: log.append("y")]
+    assert timer.sample(calls, 3) == 0.25e6
+    assert log == ["x", "y"] * (1 + 3)  # once outside the capture, then every turn inside
+    assert timer.sample(calls, 3) == 0.25e6
+    assert len(log) == 8
+    assert len(replays) == 2
+    timer.forget()
+    timer.sample(calls, 1)
+    assert len(log) == 12
+
+
+@needs_cpu_kernels
+def test_gpu_rows_compare_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Everything about them but the device: CPU tensors, a GPU with an L2 of 256 KiB."""
+    randn = bench_hadamard.randn
+    monkeypatch.setattr(bench_hadamard, "randn", lambda *shape, dtype, device: randn(*shape, dtype=dtype))
+    properties = types.SimpleNamespace(L2_cache_size=1 << 18)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    session = Session("hadamard", tmp_path, quick=True)
+    bench_hadamard.gpu_rows(session, [5, 13, 14], quick=True)
+    ours = [row for row in session.rows if row.case == "torchlin"]
+    assert len(ours) == 2 * 3 * 3
+    assert {row.base for row in ours} == {"torch.clone"}
+    assert {(row.size, row.goal) for row in ours} == {("2^5", "<=1.05"), ("2^13", "<=1.05"), ("2^14", "")}
+    assert {row.what for row in ours} == {"GPU, L2-resident", "GPU, DRAM-bound"}
 
 
 @needs_cpu_kernels
