@@ -22,7 +22,7 @@ class Refused(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 1 (found nothing), 2 (refused) or the command's own."""
+    """Runs the command line; returns the exit status: 0, 1 (found nothing), 2 (refused), or the command's."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         # Their options are their own: argparse has no way of passing "--help" on.

@@ -152,8 +152,8 @@ def show(facts: dict[str, Any]) -> None:
         ("names", [f"{count} {kind}" for kind, count in names.items() if count]),
         ("plug-ins", facts["plugins"]),
     ]
-    rows = [(what, ", ".join(here) if isinstance(here, list) else here) for what, here in told]
-    _console.table("", ("what", "here"), [(what, here or "none") for what, here in rows])
+    facts_told = ((what, ", ".join(here) if isinstance(here, list) else here) for what, here in told)
+    _console.table("", ("what", "here"), [(what, here or "none") for what, here in facts_told])
 
 
 def _sentence(library: dict[str, Any]) -> str:
