@@ -33,13 +33,21 @@ _BLOCKS = {
         norm="input_layernorm",
         readers=("q_proj", "k_proj", "v_proj", "qkv_proj"),
         writer="o_proj",
-        between=("q_norm", "k_norm", "rotary_emb"),
+        between=(
+            "q_norm",
+            "k_norm",
+            "query_layernorm",
+            "key_layernorm",
+            "attn_sub_norm",
+            "rotary_emb",
+            "sinks",
+        ),
     ),
     "mlp": _Block(
         norm="post_attention_layernorm",
         readers=("gate_proj", "up_proj", "gate_up_proj"),
         writer="down_proj",
-        between=("act_fn", "activation_fn"),
+        between=("act_fn", "activation_fn", "ffn_sub_norm"),
     ),
 }
 _HARMLESS = (nn.Identity, nn.Dropout)
@@ -134,6 +142,9 @@ class LlamaParts:
             self._only(block, (*of.readers, of.writer, *of.between))
             self._norm(norm, readers)
             known += [name, of.norm]
+        for name, child in layer.named_children():
+            if "norm" in name and name not in known:  # Gemma 2 and 3, OLMo 2, GLM-4
+                raise self._refuse(child, "norms what a block writes; that does not commute with a rotation")
         self._only(layer, known)
 
     def _norm(self, norm: nn.Module, readers: list[nn.Linear]) -> None:
@@ -171,11 +182,10 @@ class LlamaParts:
     def _only(self, module: nn.Module, known: Collection[str], also: Collection[nn.Module] = ()) -> None:
         """Refuses parameters and parts of `module` whose place in the stream is not known."""
         for name, _ in module.named_parameters(recurse=False):
-            raise self._refuse(module, f"has a parameter {name} of its own")
+            if name not in known:
+                raise self._refuse(module, f"has a parameter {name} of its own")
         for name, child in module.named_children():
             if name not in known and child not in also and not isinstance(child, _HARMLESS):
-                if "norm" in name:  # after a block, as in Gemma 2 and 3, OLMo 2, GLM-4
-                    raise self._refuse(child, "is a norm that does not commute with a rotation")
                 raise self._refuse(child, "has no known role")
 
     def _only_weights(self, module: nn.Module) -> None:

