@@ -69,7 +69,8 @@ def has_kernel(device_type: str) -> bool:
     if device_type in _KERNELS:
         return True
     missing = _STATUS.get(device_type)
-    if missing is not None and device_type not in _warned:
+    # A traced graph cannot warn; the first eager call does.
+    if missing is not None and device_type not in _warned and not torch.compiler.is_compiling():
         _warned.add(device_type)
         warnings.warn(
             f"torchlin's {device_type.upper()} kernels are not available ({missing.reason}): its ops run their slower "

@@ -7,11 +7,13 @@ and in s, so derivatives of every order are calls of the same op.
 from __future__ import annotations
 
 import operator
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
 
 from torchlin import _library
 from torchlin.ops._checks import (
@@ -29,6 +31,8 @@ _raw: Any = torch.ops.torchlin
 
 # H_K on each device, made once: {(K, device): int8 (K, K)}.
 _cores: dict[tuple[int, torch.device], Tensor] = {}
+# Callers' matrices that were found to be Hadamard matrices, and in which state: the check costs more than a small transform.
+_seen_hadamard: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
 
 
 def hadamard_transform_reference(
@@ -45,17 +49,17 @@ def hadamard_transform_reference(
 
     Same arguments, result and rounding as :func:`hadamard_transform`; every intermediate is float32 (float64 for float64 x).
     """
-    dim, order, scale, signs, had_k = _check(x, scale, dim, block_size, signs, had_k)
-    return _reference(x, scale, dim, order, signs, had_k, transpose)
+    dim, order, k, scale, signs, had_k = _check(x, scale, dim, block_size, signs, had_k)
+    return _reference(x, scale, dim, order, k, signs, had_k, transpose)
 
 
 def _reference(
-    x: Tensor, scale: float, dim: int, order: int, signs: Tensor | None, had_k: Tensor | None, transpose: bool
+    x: Tensor, scale: float, dim: int, order: int, k: int, signs: Tensor | None, had_k: Tensor | None, transpose: bool
 ) -> Tensor:
     size = x.shape[dim]
     rows = x.movedim(dim, -1).to(compute_dtype(x.dtype))  # (..., N)
     y = rows if signs is None or transpose else rows * signs
-    k = 1 if had_k is None else had_k.shape[0]
+    k = 1 if had_k is None else had_k.size(0)
     y = y.reshape(*rows.shape[:-1], size // order * k, order // k)  # (..., blocks · K, P)
     half = 1
     while half < order // k:  # radix-2 butterflies over the fast index
@@ -124,7 +128,7 @@ def hadamard_transform(
                 [ 1.,  1., -1., -1.],
                 [ 1., -1., -1.,  1.]])
     """
-    dim, order, scale, signs, had_k = _check(x, scale, dim, block_size, signs, had_k)
+    dim, order, k, scale, signs, had_k = _check(x, scale, dim, block_size, signs, had_k)
     if out is not None:
         if inplace:
             raise ValueError("inplace=True and out= exclude each other: pass one of them")
@@ -132,7 +136,7 @@ def hadamard_transform(
     if inplace:
         check_inplace(x)
     if not _library.has_kernel(x.device.type):
-        y = _reference(x, scale, dim, order, signs, had_k, transpose)
+        y = _reference(x, scale, dim, order, k, signs, had_k, transpose)
         return y if out is None and not inplace else (x if out is None else out).copy_(y)
     if out is not None or inplace:
         return _into(x if out is None else out, x, scale, dim, order, signs, had_k, transpose)
@@ -157,8 +161,8 @@ def _into(
 
 def _check(
     x: Tensor, scale: float | None, dim: int, block_size: int | None, signs: Tensor | None, had_k: Tensor | None
-) -> tuple[int, int, float, Tensor | None, Tensor | None]:
-    """Validated (dim, order, scale, signs, had_k), in the form that the raw ops take."""
+) -> tuple[int, int, int, float, Tensor | None, Tensor | None]:
+    """Validated (dim, order, K, scale, signs, had_k), in the form that the raw ops take."""
     check_float_tensor("x", x)
     dim = check_dim("dim", dim, x.dim())
     size = operator.index(x.shape[dim])
@@ -168,10 +172,10 @@ def _check(
             had_k = _core_on(k, x.device)
     else:
         order = size if block_size is None else _check_block_size(block_size, size)
-        had_k = _check_had_k(had_k, order, x)
+        k, had_k = _check_had_k(had_k, order, x)
     if signs is not None:
         signs = _check_signs(signs, size, x)
-    return dim, order, order**-0.5 if scale is None else check_scale("scale", scale), signs, had_k
+    return dim, order, k, order**-0.5 if scale is None else check_scale("scale", scale), signs, had_k
 
 
 def check_order(size: int, block_size: int | None = None) -> tuple[int, int]:
@@ -185,7 +189,7 @@ def _check_block_size(block_size: int, size: int) -> int:
         raise TypeError(f"block_size must be an int or None, got {type(block_size).__name__}")
     if block_size < 1 or size % block_size:
         raise ValueError(f"block_size must be a positive divisor of the transformed size {size}, got {block_size}")
-    return block_size
+    return operator.index(block_size)  # a traced graph is specialised on it
 
 
 def _check_signs(signs: Tensor, size: int, x: Tensor) -> Tensor:
@@ -200,7 +204,7 @@ def _check_signs(signs: Tensor, size: int, x: Tensor) -> Tensor:
     return signs.to(compute_dtype(x.dtype)).contiguous()
 
 
-def _check_had_k(had_k: Tensor, order: int, x: Tensor) -> Tensor:
+def _check_had_k(had_k: Tensor, order: int, x: Tensor) -> tuple[int, Tensor]:
     if not isinstance(had_k, Tensor):
         raise TypeError(f"had_k must be a torch.Tensor or None, got {type(had_k).__name__}")
     if had_k.requires_grad:
@@ -213,16 +217,19 @@ def _check_had_k(had_k: Tensor, order: int, x: Tensor) -> Tensor:
     if had_k.device != x.device:
         raise ValueError(f"had_k must be on x's device {x.device}, got {had_k.device}")
     h = had_k.to(torch.int8).contiguous()
-    # A traced graph cannot look at values; there the caller's matrix has been seen in eager mode or is taken as it is.
-    if not torch.compiler.is_compiling() and not (had_k.is_meta or _is_hadamard(h, had_k)):
+    # A traced graph cannot look at values: there the caller's matrix is taken as it is.
+    if torch.compiler.is_compiling() or had_k.is_meta or _seen_hadamard.get(had_k) == _version(had_k):
+        return k, h
+    wide = h.float()  # sums of K ones are exact
+    identity = torch.eye(k, device=h.device) * k
+    if not (bool(((had_k == h) & (h.abs() == 1)).all()) and torch.equal(wide @ wide.mT, identity)):
         raise ValueError("had_k must be a Hadamard matrix: entries ±1 and had_k @ had_k.T = K·I")
-    return h
+    _seen_hadamard[had_k] = _version(had_k)
+    return k, h
 
 
-def _is_hadamard(h: Tensor, original: Tensor) -> bool:
-    wide = h.to(torch.float32 if h.shape[0] < 2**24 else torch.float64)  # sums of K ones stay exact
-    identity = torch.eye(h.shape[0], device=h.device, dtype=wide.dtype) * h.shape[0]
-    return bool(((original == h) & (h.abs() == 1)).all()) and torch.equal(wide @ wide.mT, identity)
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
 
 
 def _k_of(order: int) -> int:
@@ -236,11 +243,13 @@ def _core_on(k: int, device: torch.device) -> Tensor:
     if core is None:
         # A kept tensor must be a real one, whatever mode (fake tensors, inference) its first caller is in.
         with _disable_current_modes(), torch.inference_mode(False):
-            core = _cores[key] = core_matrix(k).to(device)
+            core = _cores[key] = core_matrix(k).to(device, copy=True)
+        core._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
     return core
 
 
-# torch.compiler.assume_constant_result without its import of the whole compiler: a traced graph holds K and H_K as constants.
+# torch.compiler.assume_constant_result, and mark_static above, without their import of the whole compiler: a traced graph
+# holds K and H_K as constants, of constant shape.
 _k_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _core_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
