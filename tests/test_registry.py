@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -264,6 +265,8 @@ def test_own_families_come_through_the_same_door() -> None:
     entry = registry.describe("transform", "hadamard")
     assert entry.target is torchlin.nn.HadamardTransform
     assert entry.plugin == f"torchlin {torchlin.__version__}"
+    assert "hadamard" in [point.name for point in registry._find_own()]
+    assert "hadamard" not in [point.name for point in registry._find_others()]
 
 
 def test_a_source_tree_without_metadata_finds_the_same_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +307,9 @@ def test_a_plugin_may_look_names_up_while_it_registers(tmp_path: Path, plugins: 
     install(
         tmp_path, "curious", registering("test_curious", 'assert torchlin.names("transform", "hadamard")')
     )
-    assert "test_curious" in registry.names("transform")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "test_curious" in registry.names("transform")
 
 
 def test_many_threads_load_a_plugin_once(tmp_path: Path, plugins: registry._Plugins) -> None:
@@ -409,7 +414,7 @@ def test_timm_function_form() -> None:
 
 
 def test_timm_words_agree_with_timm() -> None:
-    real = pytest.importorskip("timm.layers")
+    real = pytest.importorskip("timm.layers", exc_type=ImportError)
     for name in (None, "", nn.GELU, torch.tanh):
         for word in ("get_act_layer", "get_act_fn"):
             assert getattr(timm, word)(name) is getattr(real, word)(name)

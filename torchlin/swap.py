@@ -242,9 +242,8 @@ def _keep_weights(old: nn.Module, new: nn.Module, where: str) -> None:
                 f"shape {tuple(ours.shape)}; a Module under the full name keeps its own weights"
             )
         if isinstance(theirs, nn.Parameter) and isinstance(ours, nn.Parameter):
-            ours.requires_grad_(
-                theirs.requires_grad
-            )  # load_state_dict(assign=True) keeps the new module's flag
+            # load_state_dict(assign=True) would keep the new module's flag.
+            ours.requires_grad_(theirs.requires_grad)
         elif isinstance(theirs, nn.Parameter):
             have[key] = theirs.detach()  # a buffer stays a buffer
     if kept and len(kept) < len(have):
