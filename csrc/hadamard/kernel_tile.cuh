@@ -1,0 +1,328 @@
+// The general kernel: orders K * 2^k, any strides, any type. A block works on a tile of 2^log_rows rows x n x 2^log_columns
+// columns in shared memory; the columns are a second axis that is not transformed, contiguous where the transformed one is not.
+//
+// In shared memory the tile is [K][rows][2^k][columns], so that H_K acts across its slow index and the butterflies on a range of
+// bits of the fast one, whatever K. The H_K product comes first, on the way in from global memory: there 16-bit inputs are still
+// 16-bit numbers, and a tensor core multiplies them by +-1 exactly.
+#pragma once
+
+#include "gpu/mma.cuh"
+#include "hadamard/kernel.cuh"
+
+namespace torchlin::hadamard {
+
+inline constexpr int kTileThreads = 256;
+
+template <class A>
+struct TileOperands {
+  Operands<A> op;
+  const int8_t* had;  // [K][K], +-1, or null with K = 1
+  bool transpose;     // multiply by H_K^T
+  int K, log_n2, log_rows, log_columns;
+  int64_t columns, x_column, y_column, sign_column;  // how many, and their strides
+};
+
+// Shared memory after the tile: one bit per entry of H_K (set where it is -1), in rows of whole words.
+inline __host__ __device__ int sign_words(int K) { return (K + 31) / 32; }
+inline __host__ __device__ int padded_rows(int K) { return (K + 15) / 16 * 16; }
+
+// Exchanges the lower bank bits by upper bits of the index: accesses of 32 neighbours, of 32 elements 16 apart, and of tensor-core
+// fragments in tiles of 2^6 .. 2^10 columns all reach 32 banks.
+__device__ __forceinline__ int swizzle_tile(int i) {
+  return i ^ (i >> 5 & 7) ^ ((i >> 8 & 1) * 24) ^ ((i >> 9 & 3) << 1) ^ ((i >> 11 & 1) << 3) ^ ((i >> 12 & 1) << 1);
+}
+
+template <class A>
+struct TileShape {
+  int n2, cols, total;  // 2^k, elements per index of H_K, elements of the tile
+  int64_t row0, column0;
+};
+
+// Where element (kk, col) of the tile lies; `f` is called with its offsets if it exists.
+template <class A, class F>
+__device__ __forceinline__ void at_element(const TileOperands<A>& p, const TileShape<A>& t, int kk, int col, F&& f) {
+  const int c = col & ((1 << p.log_columns) - 1);
+  const int j = col >> p.log_columns & (t.n2 - 1);
+  const int64_t row = t.row0 + (col >> (p.log_columns + p.log_n2)), column = t.column0 + c;
+  if (row >= p.op.rows || column >= p.columns) return;
+  const Offsets o = row_offsets(p.op.map, row);
+  const int64_t i = static_cast<int64_t>(kk) * t.n2 + j;
+  f(Offsets{o.x + i * p.op.x_stride + column * p.x_column, o.y + i * p.op.y_stride + column * p.y_column,
+            o.signs + i * p.op.sign_stride + column * p.sign_column});
+}
+
+template <class T, class A>
+__device__ __forceinline__ A load_element(const TileOperands<A>& p, const TileShape<A>& t, int kk, int col) {
+  A v = 0;
+  at_element(p, t, kk, col, [&](const Offsets& o) {
+    v = static_cast<A>(widen(static_cast<const T*>(p.op.x)[o.x]));
+    if (p.op.pre) v *= p.op.pre[o.signs];
+  });
+  return v;
+}
+
+// Bits of H_K by rows of its output (`by_output`) or of its input, for the whole life of the block.
+template <class A>
+__device__ __forceinline__ void pack_signs(const TileOperands<A>& p, shared_ptr<uint32_t> bits, bool by_output) {
+  const int words = sign_words(p.K);
+  const bool had_rows = by_output != p.transpose;  // the packed row is a row of `had`, not a column
+  for (int w = static_cast<int>(threadIdx.x); w < padded_rows(p.K) * words; w += kTileThreads) {
+    const int a = w / words, first = w % words * 32;
+    uint32_t word = 0;
+    for (int b = 0; a < p.K && b < 32 && first + b < p.K; ++b) {
+      const int other = first + b;
+      const int8_t entry = p.had[had_rows ? a * p.K + other : other * p.K + a];
+      word |= static_cast<uint32_t>(entry < 0) << b;
+    }
+    bits[w] = word;
+  }
+}
+
+template <class A>
+__device__ __forceinline__ A flip(A v, uint32_t negative) {
+  if constexpr (std::is_same_v<A, float>) {
+    return bits_as<float>(bits_as<uint32_t>(v) ^ negative << 31);
+  } else {
+    return negative ? -v : v;
+  }
+}
+
+// Global memory -> H_K -> shared memory with ordinary arithmetic: 16 outputs of a column at a time, from its K inputs.
+template <class T, class A>
+__device__ __forceinline__ void load_tile_simt(const TileOperands<A>& p, const TileShape<A>& t, shared_ptr<A> tile,
+                                               shared_ptr<uint32_t> bits) {
+  if (p.K == 1) {
+    constexpr int kBatch = 4;  // independent loads in flight
+    for (int first = static_cast<int>(threadIdx.x); first < t.total; first += kTileThreads * kBatch) {
+      A v[kBatch];
+      TORCHLIN_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        const int i = first + b * kTileThreads;
+        v[b] = i < t.total ? load_element<T>(p, t, 0, i) : A{0};
+      }
+      TORCHLIN_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        const int i = first + b * kTileThreads;
+        if (i < t.total) tile[swizzle_tile(i)] = v[b];
+      }
+    }
+    return;
+  }
+  const int words = sign_words(p.K), chunks = padded_rows(p.K) / 16;
+  for (int task = static_cast<int>(threadIdx.x); task < chunks * t.cols; task += kTileThreads) {
+    const int chunk = task / t.cols, col = task % t.cols;
+    A sum[16];
+    TORCHLIN_UNROLL
+    for (int u = 0; u < 16; ++u) sum[u] = 0;
+    for (int kk = 0; kk < p.K; ++kk) {
+      const A v = load_element<T>(p, t, kk, col);
+      const uint32_t column_bits = static_cast<uint32_t>(bits[kk * words + chunk / 2]) >> chunk % 2 * 16;
+      TORCHLIN_UNROLL
+      for (int u = 0; u < 16; ++u) sum[u] += flip(v, column_bits >> u & 1);
+    }
+    TORCHLIN_UNROLL
+    for (int u = 0; u < 16; ++u) {
+      const int i = chunk * 16 + u;
+      if (i < p.K) tile[swizzle_tile(i * t.cols + col)] = sum[u];
+    }
+  }
+}
+
+// Eight consecutive elements of row kk from column `col` on.
+template <class T>
+__device__ __forceinline__ Vec<T, 8> load_eight(const TileOperands<float>& p, const TileShape<float>& t, int kk, int col) {
+  Vec<T, 8> v;
+  static_for<8>([&](auto e) { v[e.value] = static_cast<T>(0.0f); });
+  if (kk >= p.K) return v;
+  at_element(p, t, kk, col, [&](const Offsets& o) {
+    const T* x = static_cast<const T*>(p.op.x) + o.x;
+    constexpr int kStep = sizeof(T) == 2 ? 8 : 4;
+    static_for<8 / kStep>([&](auto q) {
+      const auto part = load_vec<Vec<T, kStep>>(x + q.value * kStep);
+      static_for<kStep>([&](auto e) { v[q.value * kStep + e.value] = part[e.value]; });
+    });
+  });
+  return v;
+}
+
+// The top half of a float: its sign, exponent and first 8 bits. What is left, v - high_part(v), is exact. NaN stays NaN.
+__device__ __forceinline__ uint32_t high_part(float v) {
+  return v == v ? bits_as<uint32_t>(v) & 0xFFFF0000u : 0x7FC00000u;
+}
+
+// Global memory -> H_K on tensor cores -> shared memory, a warp doing 64 columns x 32 outputs at a time. A lane's columns are
+// its own vectors: column 8 g + s of the 64 is column g of fragment s.
+//
+// 16-bit inputs without signs are used as they are. Everything else is cut into bfloat16 parts of 8 bits, three at most, which
+// sum to the float exactly; a part that is zero throughout the warp is skipped. So products and parts are exact for every type,
+// and only the fp32 accumulation rounds.
+template <class T>
+__device__ __forceinline__ void load_tile_mma(const TileOperands<float>& p, const TileShape<float>& t, shared_ptr<float> tile,
+                                              shared_ptr<uint32_t> bits) {
+  constexpr int kTiles = 2;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int g = lane / 4, q = lane % 4;
+  const int words = sign_words(p.K), row_tiles = padded_rows(p.K) / 16, pairs = (row_tiles + kTiles - 1) / kTiles;
+  const bool as_is = sizeof(T) == 2 && !p.op.pre;
+  for (int task = warp; task < pairs * (t.cols / 64); task += kTileThreads / 32) {
+    const int column = task / pairs * 64 + g * 8, tile0 = task % pairs * kTiles;
+    float d[kTiles][8][4];
+    static_for<kTiles * 32>([&](auto i) { d[i.value / 32][i.value / 4 % 8][i.value % 4] = 0.0f; });
+    for (int k0 = 0; k0 < p.K; k0 += 16) {
+      uint32_t sign[kTiles][4];
+      static_for<kTiles * 2>([&](auto i) {
+        const int m = (tile0 + i.value / 2) * 16 + g + i.value % 2 * 8;
+        const uint32_t row_bits = m < row_tiles * 16 ? static_cast<uint32_t>(bits[m * words + k0 / 32]) >> k0 % 32 : 0;
+        static_for<2>([&](auto upper) {
+          const uint32_t two = row_bits >> (2 * q + 8 * upper.value);
+          sign[i.value / 2][i.value % 2 + 2 * upper.value] = (two & 1) << 15 | (two & 2) << 30;
+        });
+      });
+      const auto multiply = [&](auto type, const uint32_t(&b)[8][2]) {
+        using M = decltype(type);
+        constexpr uint32_t kOnes = std::is_same_v<M, Half> ? 0x3C003C00u : 0x3F803F80u;
+        static_for<kTiles>([&](auto i) {
+          const uint32_t a[4] = {sign[i.value][0] | kOnes, sign[i.value][1] | kOnes, sign[i.value][2] | kOnes,
+                                 sign[i.value][3] | kOnes};
+          static_for<8>([&](auto s) { mma_m16n8k16<M>(d[i.value][s.value], a, b[s.value]); });
+        });
+      };
+      Vec<T, 8> x[4];
+      static_for<4>([&](auto i) { x[i.value] = load_eight<T>(p, t, k0 + 2 * q + i.value % 2 + i.value / 2 * 8, column); });
+      uint32_t b[8][2];
+      if constexpr (sizeof(T) == 2) {
+        if (as_is) {
+          static_for<16>([&](auto i) {
+            constexpr int s = i.value / 2, half = i.value % 2;
+            b[s][half] = bits_as<uint16_t>(x[2 * half][s]) | static_cast<uint32_t>(bits_as<uint16_t>(x[2 * half + 1][s])) << 16;
+          });
+          multiply(T(), b);
+          continue;
+        }
+      }
+      float rest[4][8];
+      static_for<4>([&](auto i) {
+        static_for<8>([&](auto s) { rest[i.value][s.value] = widen(x[i.value][s.value]); });
+        const int kk = k0 + 2 * q + i.value % 2 + i.value / 2 * 8;
+        if (p.op.pre && kk < p.K) {
+          at_element(p, t, kk, column, [&](const Offsets& o) {
+            static_for<8>([&](auto s) { rest[i.value][s.value] *= p.op.pre[o.signs + s.value * p.op.sign_stride]; });
+          });
+        }
+      });
+      for (int part = 0; part < 3; ++part) {
+        uint32_t left = 0;
+        static_for<16>([&](auto i) {
+          constexpr int s = i.value / 2, half = i.value % 2;
+          float &lo = rest[2 * half][s], &hi = rest[2 * half + 1][s];
+          const uint32_t lo_part = high_part(lo), hi_part = high_part(hi);
+          b[s][half] = byte_permute(lo_part, hi_part, 0x7632);
+          const float lo_rest = lo - bits_as<float>(lo_part), hi_rest = hi - bits_as<float>(hi_part);
+          lo = lo_rest == lo_rest ? lo_rest : 0.0f;  // an infinity or a NaN leaves nothing
+          hi = hi_rest == hi_rest ? hi_rest : 0.0f;
+          left |= bits_as<uint32_t>(lo) | bits_as<uint32_t>(hi);
+        });
+        multiply(BFloat16(0.0f), b);
+        if (!__any_sync(0xffffffffu, (left & 0x7FFFFFFFu) != 0)) break;
+      }
+    }
+    // A thread now holds 16 consecutive columns, index 8 i + s, of two rows in each tile: four stages on the spot.
+    static_for<kTiles * 2>([&](auto i) {
+      float v[16];
+      static_for<16>([&](auto u) { v[u.value] = d[i.value / 2][u.value % 8][i.value % 2 * 2 + u.value / 8]; });
+      butterfly<0>(v);
+      butterfly<1>(v);
+      butterfly<2>(v);
+      if (p.log_n2 > 3) butterfly<3>(v);
+      const int m = (tile0 + i.value / 2) * 16 + g + i.value % 2 * 8;
+      const int first = m * t.cols + task / pairs * 64 + q * 16;
+      if (m < p.K) {
+        static_for<16>([&](auto u) { tile[swizzle_tile(first + u.value)] = v[u.value]; });
+      }
+    });
+  }
+}
+
+// Butterflies over M bits of the tile's index from bit `shift` on, in place.
+template <int M, class A>
+__device__ __forceinline__ void transform_tile(shared_ptr<A> tile, int total, int shift) {
+  for (int task = static_cast<int>(threadIdx.x); task < total >> M; task += kTileThreads) {
+    const int first = task >> shift << (shift + M) | (task & ((1 << shift) - 1));
+    A v[1 << M];
+    TORCHLIN_UNROLL
+    for (int u = 0; u < 1 << M; ++u) v[u] = tile[swizzle_tile(first + (u << shift))];
+    static_for<M>([&](auto j) { butterfly<j.value>(v); });
+    TORCHLIN_UNROLL
+    for (int u = 0; u < 1 << M; ++u) tile[swizzle_tile(first + (u << shift))] = v[u];
+  }
+}
+
+template <class T, class A>
+__device__ __forceinline__ void store_shared_tile(const TileOperands<A>& p, const TileShape<A>& t, shared_ptr<A> tile) {
+  T* y = static_cast<T*>(p.op.y);
+  constexpr int kVector = kVectorBytes / sizeof(T);
+  if (p.op.y_vector) {
+    for (int i = static_cast<int>(threadIdx.x); i < t.total / kVector; i += kTileThreads) {
+      const int first = i * kVector;
+      at_element(p, t, first / t.cols, first % t.cols, [&](const Offsets& o) {
+        Vec<T, kVector> out;
+        static_for<kVector>([&](auto e) {
+          A v = tile[swizzle_tile(first + e.value)];
+          if (p.op.post) v *= p.op.post[o.signs + e.value * p.op.sign_stride];
+          out[e.value] = narrow<T>(v * p.op.scale);
+        });
+        store_vec(y + o.y, out);
+      });
+    }
+    return;
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < t.total; i += kTileThreads) {
+    at_element(p, t, i / t.cols, i % t.cols, [&](const Offsets& o) {
+      A v = tile[swizzle_tile(i)];
+      if (p.op.post) v *= p.op.post[o.signs];
+      y[o.y] = narrow<T>(v * p.op.scale);
+    });
+  }
+}
+
+template <class Tin, class Tout, bool Mma>
+__global__ void __launch_bounds__(kTileThreads) fwht_tile(const TileOperands<accumulate_t<Tout>> p) {
+  using A = accumulate_t<Tout>;
+  TileShape<A> t;
+  t.n2 = 1 << p.log_n2;
+  t.cols = 1 << (p.log_n2 + p.log_rows + p.log_columns);
+  t.total = p.K * t.cols;
+  const auto tile = dynamic_shared<A>();
+  // The swizzle stays within blocks of 32 elements.
+  const auto bits = shared_cast<uint32_t>(tile + (t.total + 31) / 32 * 32);
+  if (p.K > 1) {
+    pack_signs(p, bits, Mma);
+    __syncthreads();
+  }
+  const int64_t column_tiles = (p.columns + (int64_t{1} << p.log_columns) - 1) >> p.log_columns;
+  const int64_t row_tiles = (p.op.rows + (int64_t{1} << p.log_rows) - 1) >> p.log_rows;
+  for (int64_t b = blockIdx.x; b < row_tiles * column_tiles; b += gridDim.x) {
+    t.row0 = (b / column_tiles) << p.log_rows;
+    t.column0 = (b % column_tiles) << p.log_columns;
+    int bit = 0;
+    if constexpr (Mma) {
+      load_tile_mma<Tin>(p, t, tile, bits);
+      bit = p.log_n2 < 4 ? p.log_n2 : 4;
+    } else {
+      load_tile_simt<Tin>(p, t, tile, bits);
+    }
+    __syncthreads();
+    while (bit < p.log_n2) {
+      const int left = p.log_n2 - bit, shift = bit + p.log_columns;
+      if (left >= 4) transform_tile<4>(tile, t.total, shift), bit += 4;
+      else if (left == 3) transform_tile<3>(tile, t.total, shift), bit += 3;
+      else if (left == 2) transform_tile<2>(tile, t.total, shift), bit += 2;
+      else transform_tile<1>(tile, t.total, shift), bit += 1;
+      __syncthreads();
+    }
+    store_shared_tile<Tout>(p, t, tile);
+    __syncthreads();
+  }
+}
+
+}  // namespace torchlin::hadamard
