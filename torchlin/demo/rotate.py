@@ -38,10 +38,10 @@ def run() -> None:
     in_float32 = change(logits_of(model, windows[:1]), logits)
 
     print(report, end=".\n\n")
+    print(f"SmolLM2-135M on {windows.numel()} tokens of scikit-learn's data-set descriptions")
+    print(f"({_smollm2.NOTE})")
     table(
-        f"SmolLM2-135M on {windows.numel()} tokens of scikit-learn's data-set descriptions ({_smollm2.NOTE})",
-        ["", "before", "after"],
-        [["perplexity", f"{before.perplexity:.4f}", f"{after.perplexity:.4f}"]],
+        "", ["", "before", "after"], [["perplexity", f"{before.perplexity:.4f}", f"{after.perplexity:.4f}"]]
     )
     print(
         f"\nlargest change of a logit, over the largest logit: {in_float32:.1e} in float32, "
