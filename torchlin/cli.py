@@ -104,8 +104,8 @@ def _show(args: argparse.Namespace) -> int:
 
     with _known_names():
         found = [registry.describe(args.kind, args.name)] if args.kind else registry.find(args.name)
-    for entry in found:
-        print(f"{entry.name}{entry.signature}  [{entry.kind}]")
+    for i, entry in enumerate(found):
+        print("\n" * (i > 0) + f"{entry.name}{entry.signature}  [{entry.kind}]")
         if entry.aliases:
             print(f"also: {', '.join(entry.aliases)}")
         print(f"from: {entry.source}" + (f" ({entry.plugin})" if entry.plugin else ""))
@@ -135,13 +135,12 @@ def _bench(argv: list[str]) -> int:
         families = [family]
     with _needs("bench"):
         mains = [importlib.import_module(f"torchlin.benchmarks.bench_{family}").main for family in families]
-    return max([main(argv) or 0 for main in mains], default=0)
+        return max([main(argv) or 0 for main in mains], default=0)
 
 
 def _demo(argv: list[str]) -> int:
     with _needs("demo"):
-        from torchlin import demo
-    return demo.main(argv) or 0
+        return importlib.import_module("torchlin.demo").main(argv) or 0
 
 
 @contextlib.contextmanager
