@@ -116,8 +116,10 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    from torchlin import benchmarks
-
+    try:
+        from torchlin import benchmarks
+    except ImportError as error:
+        raise Refused("bench: install torchlin first, for example with pip install -e .") from error
     modules = [found.name for found in pkgutil.iter_modules(benchmarks.__path__)]
     families = [name.removeprefix("bench_") for name in modules if name.startswith("bench_")]
     if argv[:1] in (["-h"], ["--help"]):

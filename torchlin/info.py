@@ -55,12 +55,16 @@ def _versions() -> dict[str, str | None]:
 
 
 def _machine() -> dict[str, Any]:
-    from torchlin.benchmarks import machine
+    try:
+        from torchlin.benchmarks import machine
 
+        cpu = machine.name()
+    except ImportError:  # a source tree that was never installed has its benchmarks elsewhere
+        cpu = platform.processor() or platform.machine()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return {
         "system": platform.platform(),
-        "cpu": machine.name(),
+        "cpu": cpu,
         "cpus to use": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
     }
