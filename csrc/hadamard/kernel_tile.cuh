@@ -87,7 +87,8 @@ __device__ __forceinline__ A flip(A v, uint32_t negative) {
   }
 }
 
-// Global memory -> H_K -> shared memory with ordinary arithmetic: 16 outputs of a column at a time, from its K inputs.
+// Global memory -> H_K -> shared memory with ordinary arithmetic: 16 outputs of a column at a time, from its K inputs. Sums of 16
+// are summed: the error of one long sum would grow with sqrt(K).
 template <class T, class A>
 __device__ __forceinline__ void load_tile_simt(const TileOperands<A>& p, const TileShape<A>& t, shared_ptr<A> tile,
                                                shared_ptr<uint32_t> bits) {
@@ -114,11 +115,18 @@ __device__ __forceinline__ void load_tile_simt(const TileOperands<A>& p, const T
     A sum[16];
     TORCHLIN_UNROLL
     for (int u = 0; u < 16; ++u) sum[u] = 0;
-    for (int kk = 0; kk < p.K; ++kk) {
-      const A v = load_element<T>(p, t, kk, col);
-      const uint32_t column_bits = static_cast<uint32_t>(bits[kk * words + chunk / 2]) >> chunk % 2 * 16;
+    for (int k0 = 0; k0 < p.K; k0 += 16) {
+      A part[16];
       TORCHLIN_UNROLL
-      for (int u = 0; u < 16; ++u) sum[u] += flip(v, column_bits >> u & 1);
+      for (int u = 0; u < 16; ++u) part[u] = 0;
+      for (int kk = k0; kk < k0 + 16 && kk < p.K; ++kk) {
+        const A v = load_element<T>(p, t, kk, col);
+        const uint32_t column_bits = static_cast<uint32_t>(bits[kk * words + chunk / 2]) >> chunk % 2 * 16;
+        TORCHLIN_UNROLL
+        for (int u = 0; u < 16; ++u) part[u] += flip(v, column_bits >> u & 1);
+      }
+      TORCHLIN_UNROLL
+      for (int u = 0; u < 16; ++u) sum[u] += part[u];
     }
     TORCHLIN_UNROLL
     for (int u = 0; u < 16; ++u) {
@@ -150,92 +158,92 @@ __device__ __forceinline__ uint32_t high_part(float v) {
   return v == v ? bits_as<uint32_t>(v) & 0xFFFF0000u : 0x7FC00000u;
 }
 
-// Global memory -> H_K on tensor cores -> shared memory, a warp doing 64 columns x 32 outputs at a time. A lane's columns are
+// Global memory -> H_K on tensor cores -> shared memory, a warp doing 64 columns x 16 outputs at a time. A lane's columns are
 // its own vectors: column 8 g + s of the 64 is column g of fragment s.
 //
 // 16-bit inputs without signs are used as they are. Everything else is cut into bfloat16 parts of 8 bits, three at most, which
-// sum to the float exactly; a part that is zero throughout the warp is skipped. So products and parts are exact for every type,
-// and only the fp32 accumulation rounds.
+// sum to the float exactly; parts that are zero throughout the warp are skipped. Products of parts are exact, but tensor cores
+// cut sums off where fp32 rounds them, and over K / 16 steps that bias would show in float results. So there each step starts
+// from zero, apart for the upper part (whose sum of 16 fits) and the lower ones, and is added to the rest by ordinary adds.
 template <class T>
 __device__ __forceinline__ void load_tile_mma(const TileOperands<float>& p, const TileShape<float>& t, shared_ptr<float> tile,
                                               shared_ptr<uint32_t> bits) {
-  constexpr int kTiles = 2;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, q = lane % 4;
-  const int words = sign_words(p.K), row_tiles = padded_rows(p.K) / 16, pairs = (row_tiles + kTiles - 1) / kTiles;
+  const int words = sign_words(p.K), row_tiles = padded_rows(p.K) / 16;
   const bool as_is = sizeof(T) == 2 && !p.op.pre;
-  for (int task = warp; task < pairs * (t.cols / 64); task += kTileThreads / 32) {
-    const int column = task / pairs * 64 + g * 8, tile0 = task % pairs * kTiles;
-    float d[kTiles][8][4];
-    static_for<kTiles * 32>([&](auto i) { d[i.value / 32][i.value / 4 % 8][i.value % 4] = 0.0f; });
+  const uint32_t ones = as_is && std::is_same_v<T, Half> ? 0x3C003C00u : 0x3F803F80u;
+  for (int task = warp; task < row_tiles * (t.cols / 64); task += kTileThreads / 32) {
+    const int column0 = task / row_tiles * 64, column = column0 + g * 8, m0 = task % row_tiles * 16 + g;
+    float d[8][4] = {};
     for (int k0 = 0; k0 < p.K; k0 += 16) {
-      uint32_t sign[kTiles][4];
-      static_for<kTiles * 2>([&](auto i) {
-        const int m = (tile0 + i.value / 2) * 16 + g + i.value % 2 * 8;
-        const uint32_t row_bits = m < row_tiles * 16 ? static_cast<uint32_t>(bits[m * words + k0 / 32]) >> k0 % 32 : 0;
-        static_for<2>([&](auto upper) {
-          const uint32_t two = row_bits >> (2 * q + 8 * upper.value);
-          sign[i.value / 2][i.value % 2 + 2 * upper.value] = (two & 1) << 15 | (two & 2) << 30;
-        });
+      // A fragment of H_K from its sign bits; beyond K there are ones, which meet zeros in x or make rows that nobody stores.
+      uint32_t a[4];
+      static_for<2>([&](auto half) {
+        const uint32_t row = static_cast<uint32_t>(bits[(m0 + 8 * half.value) * words + k0 / 32]) >> (k0 % 32 + 2 * q);
+        a[half.value] = ones | (row & 1) << 15 | (row & 2) << 30;
+        a[half.value + 2] = ones | (row >> 8 & 1) << 15 | (row >> 8 & 2) << 30;
       });
-      const auto multiply = [&](auto type, const uint32_t(&b)[8][2]) {
-        using M = decltype(type);
-        constexpr uint32_t kOnes = std::is_same_v<M, Half> ? 0x3C003C00u : 0x3F803F80u;
-        static_for<kTiles>([&](auto i) {
-          const uint32_t a[4] = {sign[i.value][0] | kOnes, sign[i.value][1] | kOnes, sign[i.value][2] | kOnes,
-                                 sign[i.value][3] | kOnes};
-          static_for<8>([&](auto s) { mma_m16n8k16<M>(d[i.value][s.value], a, b[s.value]); });
-        });
-      };
-      Vec<T, 8> x[4];
+      Vec<T, 8> x[4];  // rows 2q, 2q + 1, 2q + 8, 2q + 9 of these 16
       static_for<4>([&](auto i) { x[i.value] = load_eight<T>(p, t, k0 + 2 * q + i.value % 2 + i.value / 2 * 8, column); });
-      uint32_t b[8][2];
       if constexpr (sizeof(T) == 2) {
         if (as_is) {
-          static_for<16>([&](auto i) {
-            constexpr int s = i.value / 2, half = i.value % 2;
-            b[s][half] = bits_as<uint16_t>(x[2 * half][s]) | static_cast<uint32_t>(bits_as<uint16_t>(x[2 * half + 1][s])) << 16;
+          static_for<8>([&](auto s) {
+            const auto pair = [&](int i) {
+              return bits_as<uint16_t>(x[i][s.value]) | static_cast<uint32_t>(bits_as<uint16_t>(x[i + 1][s.value])) << 16;
+            };
+            const uint32_t b[2] = {pair(0), pair(2)};
+            mma_m16n8k16<T>(d[s.value], a, b);
           });
-          multiply(T(), b);
           continue;
         }
       }
-      float rest[4][8];
+      float signed_x[4][8];
       static_for<4>([&](auto i) {
-        static_for<8>([&](auto s) { rest[i.value][s.value] = widen(x[i.value][s.value]); });
+        static_for<8>([&](auto s) { signed_x[i.value][s.value] = widen(x[i.value][s.value]); });
         const int kk = k0 + 2 * q + i.value % 2 + i.value / 2 * 8;
         if (p.op.pre && kk < p.K) {
           at_element(p, t, kk, column, [&](const Offsets& o) {
-            static_for<8>([&](auto s) { rest[i.value][s.value] *= p.op.pre[o.signs + s.value * p.op.sign_stride]; });
+            static_for<8>([&](auto s) { signed_x[i.value][s.value] *= p.op.pre[o.signs + s.value * p.op.sign_stride]; });
           });
         }
       });
-      for (int part = 0; part < 3; ++part) {
-        uint32_t left = 0;
-        static_for<16>([&](auto i) {
-          constexpr int s = i.value / 2, half = i.value % 2;
-          float &lo = rest[2 * half][s], &hi = rest[2 * half + 1][s];
-          const uint32_t lo_part = high_part(lo), hi_part = high_part(hi);
-          b[s][half] = byte_permute(lo_part, hi_part, 0x7632);
-          const float lo_rest = lo - bits_as<float>(lo_part), hi_rest = hi - bits_as<float>(hi_part);
-          lo = lo_rest == lo_rest ? lo_rest : 0.0f;  // an infinity or a NaN leaves nothing
-          hi = hi_rest == hi_rest ? hi_rest : 0.0f;
-          left |= bits_as<uint32_t>(lo) | bits_as<uint32_t>(hi);
-        });
-        multiply(BFloat16(0.0f), b);
-        if (!__any_sync(0xffffffffu, (left & 0x7FFFFFFFu) != 0)) break;
-      }
+      static_for<8>([&](auto s) {
+        float rest[4] = {signed_x[0][s.value], signed_x[1][s.value], signed_x[2][s.value], signed_x[3][s.value]};
+        uint32_t b[2], left = 0;
+        const auto cut = [&] {
+          uint32_t part[4];
+          left = 0;
+          static_for<4>([&](auto i) {
+            part[i.value] = high_part(rest[i.value]);
+            const float r = rest[i.value] - bits_as<float>(part[i.value]);
+            rest[i.value] = r == r ? r : 0.0f;  // an infinity or a NaN leaves nothing
+            left |= bits_as<uint32_t>(rest[i.value]);
+          });
+          b[0] = byte_permute(part[0], part[1], 0x7632);
+          b[1] = byte_permute(part[2], part[3], 0x7632);
+        };
+        float upper[4] = {}, lower[4] = {};
+        cut();
+        mma_m16n8k16<BFloat16>(upper, a, b);
+        if (__any_sync(0xffffffffu, (left & 0x7FFFFFFFu) != 0)) {
+          cut();
+          mma_m16n8k16<BFloat16>(lower, a, b);
+          cut();
+          mma_m16n8k16<BFloat16>(lower, a, b);
+        }
+        static_for<4>([&](auto i) { d[s.value][i.value] += upper[i.value] + lower[i.value]; });
+      });
     }
-    // A thread now holds 16 consecutive columns, index 8 i + s, of two rows in each tile: four stages on the spot.
-    static_for<kTiles * 2>([&](auto i) {
+    // A thread now holds 16 consecutive columns, index 8 i + s, of two rows: four stages on the spot.
+    static_for<2>([&](auto half) {
       float v[16];
-      static_for<16>([&](auto u) { v[u.value] = d[i.value / 2][u.value % 8][i.value % 2 * 2 + u.value / 8]; });
+      static_for<16>([&](auto u) { v[u.value] = d[u.value % 8][half.value * 2 + u.value / 8]; });
       butterfly<0>(v);
       butterfly<1>(v);
       butterfly<2>(v);
       if (p.log_n2 > 3) butterfly<3>(v);
-      const int m = (tile0 + i.value / 2) * 16 + g + i.value % 2 * 8;
-      const int first = m * t.cols + task / pairs * 64 + q * 16;
+      const int m = m0 + 8 * half.value, first = m * t.cols + column0 + q * 16;
       if (m < p.K) {
         static_for<16>([&](auto u) { tile[swizzle_tile(first + u.value)] = v[u.value]; });
       }
@@ -286,7 +294,7 @@ __device__ __forceinline__ void store_shared_tile(const TileOperands<A>& p, cons
 }
 
 template <class Tin, class Tout, bool Mma>
-__global__ void __launch_bounds__(kTileThreads) fwht_tile(const TileOperands<accumulate_t<Tout>> p) {
+__global__ void __launch_bounds__(kTileThreads, Mma ? 2 : 3) fwht_tile(const TileOperands<accumulate_t<Tout>> p) {
   using A = accumulate_t<Tout>;
   TileShape<A> t;
   t.n2 = 1 << p.log_n2;

@@ -1,8 +1,8 @@
-"""Builds the emulated CUDA kernels of a `.cpp` in this folder and imports them; rebuilt only when a source changes."""
+"""Builds the emulated CUDA kernels of a `.cpp` in this folder and imports them; incremental."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -10,9 +10,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> ModuleType:
-    """Returns the module made of `tests/simt/<name>.cpp`: `csrc/` kernels compiled by g++ on the emulator, bound to numpy."""
+    """Returns the module made of `<name>.cpp`: kernels of `csrc/` compiled by g++ on the emulator."""
     import pybind11
     from torch.utils import cpp_extension
 
