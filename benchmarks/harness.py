@@ -22,7 +22,7 @@ import torch
 
 from torchlin.benchmarks.machine import describe
 
-MIN_SAMPLE_NS = 2e5  # a sample shorter than this feels the clock itself (about 0.25 us a reading)
+MIN_SAMPLE_NS = 1e6  # next to which a reading of the clock (0.25 us) and the change of contender are nothing
 REPEATS, QUICK_REPEATS = 31, 2
 FEWEST_REPEATS = 5
 BUDGET_S = 4.0  # of one comparison: slow contenders get fewer rounds, never less than FEWEST_REPEATS
@@ -156,8 +156,8 @@ class Value:
 def loops_for(timer: Timer, calls: Sequence[Callable[[], object]], at_least_ns: float = MIN_SAMPLE_NS) -> int:
     """How many turns make a sample long enough; finding out warms the contender up too."""
     loops = 1
+    timer.sample(calls, 1)  # pages, caches and lazy initialisation: a first call says nothing about the next
     while (ns := timer.sample(calls, loops)) < at_least_ns:
-        # At most tenfold a step: the first call may have been slow for reasons of its own.
         loops = max(loops + 1, min(10 * loops, int(np.ceil(1.2 * loops * at_least_ns / max(ns, 1.0)))))
     return loops
 
@@ -188,6 +188,10 @@ def interleave(
                 break
             for case in (*cases[turn % len(cases) :], *cases[: turn % len(cases)]):
                 run = calls[case.name]
+                if loops[case.name] > 1:
+                    # Untimed: the neighbour has left its data in the caches, and wide vector units take
+                    # some microseconds to wake. A call as long as a sample does not notice.
+                    timer.sample(run, 1)
                 took = timer.sample(run, loops[case.name])
                 ns[case.name].append(took / (loops[case.name] * len(run) * case.per))
     finally:
