@@ -64,7 +64,7 @@ class HadamardTransform(nn.Module):
             self.register_buffer("signs", signs)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.n:
+        if x.dim() == 0 or x.shape[-1] != self.n:
             raise ValueError(f"x must have last dimension n = {self.n}, got shape {tuple(x.shape)}")
         signs = self.signs
         if self.inverse and isinstance(signs, nn.Parameter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
@@ -40,6 +41,11 @@ def check_scale(name: str, scale: object) -> float:
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are being taken: dual tensors do not say that they require grad."""
+    return forward_ad._current_level >= 0
 
 
 def _overlaps_itself(x: torch.Tensor) -> bool:

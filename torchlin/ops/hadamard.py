@@ -23,6 +23,7 @@ from torchlin.ops._checks import (
     check_out,
     check_scale,
     compute_dtype,
+    in_forward_mode,
     needs_grad,
 )
 from torchlin.ops.hadamard_matrix import core_matrix, hadamard_order
@@ -137,12 +138,12 @@ def hadamard_transform(
         check_inplace(x)
     if not _library.has_kernel(x.device.type):
         y = _reference(x, scale, dim, order, k, signs, had_k, transpose)
-        return y if out is None and not inplace else (x if out is None else out).copy_(y)
+        if out is None and not inplace:
+            return y if dim == x.dim() - 1 and x.is_contiguous() else torch.empty_like(x).copy_(y)
+        return (x if out is None else out).copy_(y)
     if out is not None or inplace:
         return _into(x if out is None else out, x, scale, dim, order, signs, had_k, transpose)
-    if needs_grad(x, signs):
-        return _Hadamard.apply(x, signs, had_k, scale, dim, order, transpose)
-    return _raw._hadamard_fwd(x, scale, dim, order, signs, had_k, transpose)
+    return _apply(x, signs, had_k, scale, dim, order, transpose)
 
 
 def _into(
@@ -153,10 +154,17 @@ def _into(
         if signs is not None and signs.requires_grad:
             raise ValueError("inplace=True overwrites x, which the gradient of signs needs: use inplace=False")
         return _HadamardInplace.apply(x, signs, had_k, scale, dim, order, transpose)
-    _raw._hadamard_out(x, scale, dim, order, signs, had_k, transpose, out)
+    _write(out, x, scale, dim, order, signs, had_k, transpose)
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out
+
+
+def _write(out, x, scale, dim, order, signs, had_k, transpose):
+    if x.is_neg() or out.is_neg():  # torch's fallback for negative views fails on None beside an argument that is written
+        out.copy_(_raw._hadamard_fwd(x, scale, dim, order, signs, had_k, transpose))
+    else:
+        _raw._hadamard_out(x, scale, dim, order, signs, had_k, transpose, out)
 
 
 def _check(
@@ -175,6 +183,9 @@ def _check(
         k, had_k = _check_had_k(had_k, order, x)
     if signs is not None:
         signs = _check_signs(signs, size, x)
+    if k == 1 and had_k is not None:  # [[1]] or [[-1]]: the kernels take a core from order 2 on
+        factor = had_k.to(compute_dtype(x.dtype)).view(1)
+        signs, had_k = factor.expand(size).contiguous() if signs is None else signs * factor, None
     return dim, order, k, order**-0.5 if scale is None else check_scale("scale", scale), signs, had_k
 
 
@@ -201,7 +212,7 @@ def _check_signs(signs: Tensor, size: int, x: Tensor) -> Tensor:
         raise ValueError(f"signs must have shape ({size},), one factor an element of dim, got {tuple(signs.shape)}")
     if signs.device != x.device:
         raise ValueError(f"signs must be on x's device {x.device}, got {signs.device}")
-    return signs.to(compute_dtype(x.dtype)).contiguous()
+    return signs.to(compute_dtype(x.dtype)).contiguous().resolve_neg()
 
 
 def _check_had_k(had_k: Tensor, order: int, x: Tensor) -> tuple[int, Tensor]:
@@ -216,7 +227,7 @@ def _check_had_k(had_k: Tensor, order: int, x: Tensor) -> tuple[int, Tensor]:
         raise ValueError(f"had_k of order {k} must divide the transform's order {order} by a power of two")
     if had_k.device != x.device:
         raise ValueError(f"had_k must be on x's device {x.device}, got {had_k.device}")
-    h = had_k.to(torch.int8).contiguous()
+    h = had_k.to(torch.int8).contiguous().resolve_neg()
     # A traced graph cannot look at values: there the caller's matrix is taken as it is.
     if torch.compiler.is_compiling() or had_k.is_meta or _seen_hadamard.get(had_k) == _version(had_k):
         return k, h
@@ -266,12 +277,21 @@ class _Hadamard(torch.autograd.Function):
         x, signs, had_k, *ctx.static = inputs
         saved = (x if signs is not None and signs.requires_grad else None, signs, had_k)
         ctx.save_for_backward(*saved)
-        ctx.save_for_forward(x if signs is not None else None, signs, had_k)
 
     @staticmethod
     def backward(ctx, grad):
         x, signs, had_k = ctx.saved_tensors
         return *_gradients(grad, x, signs, had_k, *ctx.static), *[None] * 5
+
+
+class _HadamardForward(_Hadamard):
+    """With a forward derivative: a class of its own, because torch.compile refuses to trace a Function that has one."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _Hadamard.setup_context(ctx, inputs, output)
+        x, signs, had_k, *_ = inputs
+        ctx.save_for_forward(x if signs is not None else None, signs, had_k)
 
     @staticmethod
     def jvp(ctx, x_tangent, signs_tangent, *_):
@@ -291,7 +311,7 @@ class _HadamardInplace(torch.autograd.Function):
     def forward(ctx, x, signs, had_k, scale, dim, order, transpose):
         ctx.static = scale, dim, order, transpose
         ctx.save_for_backward(signs, had_k)
-        _raw._hadamard_out(x, scale, dim, order, signs, had_k, transpose, x)
+        _write(x, x, scale, dim, order, signs, had_k, transpose)
         ctx.mark_dirty(x)
         return x
 
@@ -303,6 +323,8 @@ class _HadamardInplace(torch.autograd.Function):
 
 def _apply(x, signs, had_k, scale, dim, order, transpose):
     """The op on arguments that are valid already, differentiable."""
+    if in_forward_mode():
+        return _HadamardForward.apply(x, signs, had_k, scale, dim, order, transpose)
     if needs_grad(x, signs):
         return _Hadamard.apply(x, signs, had_k, scale, dim, order, transpose)
     return _raw._hadamard_fwd(x, scale, dim, order, signs, had_k, transpose)
