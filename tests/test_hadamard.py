@@ -78,6 +78,26 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[battery.Sample
     yield battery.Sample("5x17408-signs", x(5, 17408), signs=signs(17408))
 
 
+def emulated_kernels() -> dict[str, Any]:
+    from simt.build import load
+    from test_hadamard_cuda_emulated import Case
+
+    module = load("hadamard")
+
+    def write(
+        x: Tensor, scale: float, dim: int, order: int, signs: Any, had_k: Any, transpose: bool, out: Tensor
+    ) -> None:
+        numpy = lambda t: None if t is None else t.detach().numpy()  # noqa: E731
+        Case(dim, order, numpy(had_k), numpy(signs), scale, transpose).run(module, x, out)
+
+    def make(x: Tensor, *arguments: Any) -> Tensor:
+        out = torch.empty_like(x)
+        write(x, *arguments, out)
+        return out
+
+    return {"_hadamard_fwd": make, "_hadamard_out": write}
+
+
 OP = battery.Op(
     name="hadamard",
     public=hadamard_transform,
@@ -88,6 +108,7 @@ OP = battery.Op(
     autocast="keep",
     nonfinite="spread",  # a core may be applied as (S + D) u - 2 D x: an infinity can meet its own negative
     preserves_format=True,
+    emulated=emulated_kernels,
     inplace=True,
     out=True,
     forward_ad=True,
