@@ -16,8 +16,10 @@
 
 #if defined(__CUDACC__)
 #define TORCHLIN_UNROLL _Pragma("unroll")
+#define TORCHLIN_NO_UNROLL _Pragma("unroll 1")
 #else
 #define TORCHLIN_UNROLL
+#define TORCHLIN_NO_UNROLL
 #endif
 
 namespace torchlin::gpu {

@@ -39,9 +39,7 @@ struct Offsets {
 __device__ __forceinline__ Offsets row_offsets(const RowMap& map, int64_t row) {
   if (map.ndim == 1) return {row * map.x[0], row * map.y[0], row * map.signs[0]};
   Offsets o{0, 0, 0};
-#if defined(__CUDACC__)
-#pragma unroll 1
-#endif
+  TORCHLIN_NO_UNROLL
   for (int d = 0; d < map.ndim; ++d) {
     int64_t index = row;
     if (d + 1 < map.ndim) {

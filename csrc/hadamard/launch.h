@@ -68,9 +68,9 @@ inline int log2_floor(int64_t v) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // f(RowsPlan{}) for run-time arguments. 16-bit types: W = 3, with or without mma; float: W = 2.
-template <int W, bool Mma, class F, int L = Mma ? 4 : 0>
+template <int W, bool Mma, class F, int L = Mma ? kMinMmaBits : 0>
 void with_rows_plan(int log_order, F&& f) {
-  if constexpr (L <= (Mma ? 10 : kMaxRowBits)) {
+  if constexpr (L <= kMaxRowBits) {
     if (log_order == L) return f(RowsPlan<L, W, Mma>{});
     with_rows_plan<W, Mma, F, L + 1>(log_order, std::forward<F>(f));
   } else {
@@ -270,7 +270,7 @@ class Planner {
     if (s.by_rows) {
       s.rows = op;
       s.log_order = log_n2;
-      s.mma = is_16_bit(s.from_type) && is_16_bit(s.to_type) && !s.has_pre && log_n2 >= 4 && log_n2 <= 10;
+      s.mma = is_16_bit(s.from_type) && is_16_bit(s.to_type) && !s.has_pre && log_n2 >= kMinMmaBits;
       const auto shape = [&](auto plan) {
         using P = decltype(plan);
         const int64_t tiles = detail::ceil_div(rows, int64_t{P::kGroups} << P::kRowBits);
