@@ -40,7 +40,11 @@ def check_scale(name: str, scale: object) -> float:
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # not any(): a compiler that traces this cannot look into a generator of tensor attributes
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def in_forward_mode() -> bool:
@@ -91,7 +95,7 @@ def check_out(out: object, x: torch.Tensor, *inputs: torch.Tensor | None) -> Non
         raise ValueError(f"out must be on x's device {x.device}, got {out.device}")
     if out.shape != x.shape:
         raise ValueError(f"out must have x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, x, *inputs)):
+    if needs_grad(out, x, *inputs):
         raise ValueError("out= does not support automatic differentiation: drop out=, or use torch.no_grad() or detach()")
     if _overlaps_itself(out):
         raise ValueError(f"out must not be an expanded or overlapping view, got strides {out.stride()} for shape {tuple(out.shape)}")

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchlin import _library
 from torchlin.ops._checks import (
+    FLOAT_DTYPES,
     check_dim,
     check_float_tensor,
     check_inplace,
@@ -29,6 +30,8 @@ from torchlin.ops._checks import (
 from torchlin.ops.hadamard_matrix import core_matrix, hadamard_order
 
 _raw: Any = torch.ops.torchlin
+_CPU_KERNEL = _library.status()["cpu"].loaded
+_last: Any = _raw._hadamard_last.default if _CPU_KERNEL else None
 
 # H_K on each device, made once: {(K, device): int8 (K, K)}.
 _cores: dict[tuple[int, torch.device], Tensor] = {}
@@ -129,11 +132,30 @@ def hadamard_transform(
                 [ 1.,  1., -1., -1.],
                 [ 1., -1., -1.,  1.]])
     """
+    # Checking the arguments of a small tensor's call costs more than its arithmetic. The plainest call goes straight to the
+    # op; what the op refuses takes the long way, which says why.
+    if (
+        x.__class__ is Tensor
+        and dim == -1
+        and signs is block_size is had_k is out is None
+        and (scale is None or scale.__class__ is float)
+        and not inplace
+        and _CPU_KERNEL
+        and x.is_cpu
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not in_forward_mode()
+    ):
+        try:
+            size = x.shape[-1]
+            if size & (size - 1) == 0:
+                return _last(x) if scale is None else _last(x, scale)
+        except (IndexError, RuntimeError):
+            pass
     dim, order, k, scale, signs, had_k = _check(x, scale, dim, block_size, signs, had_k)
     if out is not None:
         if inplace:
             raise ValueError("inplace=True and out= exclude each other: pass one of them")
-        check_out(out, x, signs, had_k)
+        check_out(out, x, signs)
     if inplace:
         check_inplace(x)
     if not _library.has_kernel(x.device.type):
@@ -161,7 +183,8 @@ def _into(
 
 
 def _write(out, x, scale, dim, order, signs, had_k, transpose):
-    if x.is_neg() or out.is_neg():  # torch's fallback for negative views fails on None beside an argument that is written
+    # torch's fallback for negative views, which no traced graph has, fails on None beside an argument that is written.
+    if not torch.compiler.is_compiling() and (x.is_neg() or out.is_neg()):
         out.copy_(_raw._hadamard_fwd(x, scale, dim, order, signs, had_k, transpose))
     else:
         _raw._hadamard_out(x, scale, dim, order, signs, had_k, transpose, out)
@@ -359,9 +382,13 @@ def _fake_out(x, scale, dim, order, signs, had_k, transpose, out):
     return None
 
 
+def _fake_last(x, scale=None):
+    return torch.empty_like(x)
+
+
 def _vmap_fwd(info, in_dims, x, scale, dim, order, signs, had_k, transpose):
     """One call for the whole batch: x's batch dimension is one more, s multiplies outside where it is batched."""
-    x_dim, *_, signs_dim, _, _ = in_dims
+    x_dim, _, _, _, signs_dim, *_ = in_dims
     if x_dim is None:
         x = x.expand(info.batch_size, *x.shape)
     else:
@@ -379,7 +406,13 @@ def _vmap_fwd(info, in_dims, x, scale, dim, order, signs, had_k, transpose):
     return y.to(x.dtype), 0
 
 
-if _library.status()["cpu"].loaded:
+def _vmap_last(info, in_dims, x, scale=None):
+    return _raw._hadamard_last(x.movedim(in_dims[0], 0), scale), 0
+
+
+if _CPU_KERNEL:
     torch.library.register_fake("torchlin::_hadamard_fwd", _fake_fwd)
     torch.library.register_fake("torchlin::_hadamard_out", _fake_out)
     torch.library.register_vmap("torchlin::_hadamard_fwd", _vmap_fwd)
+    torch.library.register_fake("torchlin::_hadamard_last", _fake_last)
+    torch.library.register_vmap("torchlin::_hadamard_last", _vmap_last)
