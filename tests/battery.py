@@ -807,6 +807,9 @@ INFRASTRUCTURE: dict[str, str] = {
     "torchlin::_cpu_isa": "says which CPU level runs; check_isa uses it",
     "torchlin::_cpu_isa_names": "says which CPU levels there are; check_isa uses it",
     "torchlin::_set_cpu_isa": "chooses the CPU level; check_isa uses it",
+    "torchlin::_bench_arithmetic": "a ceiling of the machine; test_benchmarks.py",
+    "torchlin::_bench_copy": "a ceiling of the machine; test_benchmarks.py",
+    "torchlin::_bench_cycles": "a ceiling of the machine; test_benchmarks.py",
 }
 
 
@@ -890,6 +893,7 @@ def raw_calls(op: Op, sample: Sample) -> list[tuple[Any, tuple[Any, ...], dict[s
         if sample.differentiable:
             gradients(op.public, sample, cotangents(result))
         with torch.no_grad():
+            sample.call(op.public)
             if op.out:
                 sample.call(op.public, out=torch.empty_like(result))
             if op.inplace:
