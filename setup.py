@@ -69,20 +69,18 @@ class NinjaBuild(build_ext):
         relocate = f"-ffile-prefix-map={ROOT}/=" f" -ffile-prefix-map={torch_dir}/=torch/"
         cxx = [*optimise, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
                "-ffp-contract=fast", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", relocate, *define, *include, *extra]  # fmt: skip
-        link = ["-shared", "-Wl,--gc-sections", "-Wl,-z,defs" if "-fsanitize" not in " ".join(extra) else "",
-                "" if self.debug else "-s", f"-L{torch_dir / 'lib'}", *[f for f in extra if f.startswith("-fsanitize")]]  # fmt: skip
+        sanitize = [flag for flag in extra if flag.startswith("-fsanitize")]
+        link = [*sanitize, *([] if sanitize else ["-Wl,-z,defs"]), *([] if self.debug else ["-s"]), "-Wl,--gc-sections"]
 
         ninja = [
             f"cxx = {os.environ.get('CXX', 'g++')}",
             f"cxxflags = {' '.join(cxx)}",
-            f"ldflags = {' '.join(filter(None, link))}",
             "rule cxx\n  command = $cxx -MMD -MF $out.d $cxxflags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            "rule link\n  command = $cxx $in -o $out $ldflags $libs",
+            f"rule link\n  command = $cxx -shared $in -o $out {' '.join(link)} -L{torch_dir / 'lib'} -ltorch_cpu",
         ]
         if any(ext.name.endswith("_cuda") for ext in self.extensions):
             nvcc = find_nvcc()
             assert nvcc is not None
-            cuda_home = Path(nvcc).parents[1]
             nvccflags = [*optimise, "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA", "-lineinfo",
                          "-Xptxas", "-v", "--threads", "0", *cuda_arch_flags(), *define, *include,
                          "-diag-suppress", "177"]  # fmt: skip
@@ -92,6 +90,10 @@ class NinjaBuild(build_ext):
                 f"nvccflags = {' '.join(nvccflags)}",
                 "rule nvcc\n  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out > $out.ptxas 2>&1 "
                 "|| (cat $out.ptxas; exit 1)\n  depfile = $out.d\n  deps = gcc",
+                # In a CUDA torch libtorch.so depends on libtorch_cuda.so, and must be a direct dependency of ours: otherwise
+                # the CUDA shims are not found at load time. A CPU torch does not have them, so they stay unresolved here.
+                f"rule link_cuda\n  command = $nvcc -shared $in -o $out -L{torch_dir / 'lib'} -Xlinker --no-as-needed -ltorch "
+                f"-Xlinker --unresolved-symbols=ignore-all,--gc-sections{'' if self.debug else ',-s'}",
             ]
         for ext in self.extensions:
             is_cuda = ext.name.endswith("_cuda")
@@ -102,15 +104,7 @@ class NinjaBuild(build_ext):
                 obj = build / (str(source.resolve().relative_to(ROOT)).replace("/", ".") + ".o")
                 ninja.append(f"build {obj}: {'nvcc' if is_cuda else 'cxx'} {source.resolve()}")
                 objects.append(str(obj))
-            ninja.append(f"build {target}: link {' '.join(objects)}")
-            # A CUDA torch's libtorch.so depends on libtorch_cuda.so: it must be a direct dependency of ours, or the CUDA
-            # shims are not found at load time. A CPU torch cannot resolve them at link time, hence no -z defs.
-            ninja.append(
-                f"  libs = -L{cuda_home / 'lib64'} -Wl,--no-as-needed -ltorch -Wl,-z,lazy -Wl,--unresolved-symbols=ignore-all "
-                "-lcudart_static -lrt -lpthread -ldl"
-                if is_cuda
-                else "  libs = -ltorch_cpu"
-            )
+            ninja.append(f"build {target}: {'link_cuda' if is_cuda else 'link'} {' '.join(objects)}")
         (build / "build.ninja").write_text("\n".join(ninja) + "\n")
         jobs = os.environ.get("MAX_JOBS")
         command = [_ninja(), "-f", str(build / "build.ninja"), *(["-j", jobs] if jobs else [])]
