@@ -66,9 +66,9 @@ class NinjaBuild(build_ext):
         define = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
         include = [f"-I{CSRC}", f"-isystem {torch_dir / 'include'}"]
         # Paths of the build machine stay out of error texts and debug info.
-        relocate = f"-ffile-prefix-map={ROOT}/=" f" -ffile-prefix-map={torch_dir}/=torch/"
+        relocate = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch_dir}/=torch/"]
         cxx = [*optimise, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-               "-ffp-contract=fast", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", relocate, *define, *include, *extra]  # fmt: skip
+               "-ffp-contract=fast", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", *relocate, *define, *include, *extra]  # fmt: skip
         sanitize = [flag for flag in extra if flag.startswith("-fsanitize")]
         link = [*sanitize, *([] if sanitize else ["-Wl,-z,defs"]), *([] if self.debug else ["-s"]), "-Wl,--gc-sections"]
 
@@ -81,7 +81,7 @@ class NinjaBuild(build_ext):
         if any(ext.name.endswith("_cuda") for ext in self.extensions):
             nvcc = find_nvcc()
             assert nvcc is not None
-            nvccflags = [*optimise, "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA", "-lineinfo",
+            nvccflags = [*optimise, "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden," + ",".join(relocate), "-DUSE_CUDA",
                          "-Xptxas", "-v", "--threads", "0", *cuda_arch_flags(), *define, *include,
                          "-diag-suppress", "177"]  # fmt: skip
             # ptxas reports registers, shared memory and spills of each kernel: kept beside the object, read by the tests.
