@@ -69,15 +69,15 @@ struct RowsPlan {
   static constexpr int kGroups = kTileThreads >= 128 ? 1 : 128 / kTileThreads;  // tiles a block works on side by side
   static constexpr int kThreads = kTileThreads * kGroups;
   // Registers a thread may use: enough for its values and addresses, few enough to keep loads of other warps in flight.
-  static constexpr int kRegisterBudget = kRegs == 4 ? 64 : kRegs == 5 ? 80 : 128;
+  static constexpr int kRegisterBudget = kRegs == 4 ? 80 : kRegs == 5 ? 96 : 128;
   static constexpr int kMinBlocks = 65536 / kRegisterBudget / kThreads > 0 ? 65536 / kRegisterBudget / kThreads : 1;
   static constexpr int kLayouts = Mma ? (L <= 8 ? 2 : L <= 12 ? 3 : 4) : L <= W ? 1 : 3;
   static constexpr int kFirstTransformed = Mma ? 1 : 0;  // the layout that the values are in after loading
   static constexpr bool kShares = kLayouts > kFirstTransformed + 1;
   static constexpr size_t kExchangeBytes = kShares ? sizeof(float) * kTile * kGroups : 0;
-  // With one or two blocks on a multiprocessor, nothing would hide the loads of the next tile: they are started early.
-  static constexpr bool kCanPrefetch = W == 3 && L >= 14;
-  static constexpr size_t kPrefetchBytes = size_t{2} * kTile;
+  // A multiprocessor holds few tiles this large: nothing would hide the loads of the next ones, so they are started early.
+  static constexpr bool kCanPrefetch = W == 3 ? L >= 12 : L == 12 || L == 13;
+  static constexpr size_t kPrefetchBytes = size_t{16} / kVector * kTile * kGroups;
 
   // The layouts in order. The first is loaded into, the last is stored from; with Mma, the second is what mma leaves behind.
   __host__ __device__ static constexpr Layout layout(int which) {
@@ -297,7 +297,8 @@ __device__ __forceinline__ void multiply_signs(const Operands<float>& p, const f
 
 // A vector of the thread's next tile on its way through shared memory. Each thread waits for and reads only its own copies.
 template <class P>
-__device__ __forceinline__ shared_ptr<uint32_t> staged(int vector, int thread) {
+__device__ __forceinline__ shared_ptr<uint32_t> staged(int vector) {
+  const int thread = static_cast<int>(threadIdx.x);
   return shared_cast<uint32_t>(dynamic_shared<float>()) + P::kTile * P::kGroups + (vector * P::kThreads + thread) * 4;
 }
 
@@ -307,7 +308,7 @@ __device__ __forceinline__ void prefetch(const Operands<float>& p, int64_t row, 
     const T* x = static_cast<const T*>(p.x) + row_offsets(p.map, row).x + thread_element<P, 0>(thread);
     static_for<P::kValues / P::kVector>([&](auto q) {
       constexpr int kFirst = P::layout(0).element(q.value * P::kVector);
-      cp_async_16(staged<P>(q.value, thread), x + kFirst);
+      cp_async_16(staged<P>(q.value), x + kFirst);
     });
   }
   cp_async_commit();
@@ -320,7 +321,7 @@ __device__ __forceinline__ void load_input(const Operands<float>& p, int64_t row
   using V = Vec<T, P::kVector>;
   const T* x = static_cast<const T*>(p.x);
   if (P::kCanPrefetch && prefetched) {
-    static_for<P::kValues / P::kVector>([&](auto q) { raw[q.value] = load_shared<V>(staged<P>(q.value, thread)); });
+    static_for<P::kValues / P::kVector>([&](auto q) { raw[q.value] = load_shared<V>(staged<P>(q.value)); });
   } else if (p.x_vector && whole) {
     for_each_vector<P, 0>(p, row0, at0, thread, [&](auto q, const Place& place) {
       raw[q.value] = load_vec<V>(x + place.at.x + place.position);
@@ -411,8 +412,8 @@ __global__ void __launch_bounds__(P::kThreads, P::kMinBlocks) fwht_rows(const Op
   }
   for (int64_t block_row = first; block_row < p.rows; block_row += step) {
     const int64_t row0 = block_row + offset;
-    Offsets at0{};
-    if constexpr (P::kRowBits == 0) at0 = row_offsets(p.map, row0);
+    const auto locate_tile = [&] { return P::kRowBits == 0 ? row_offsets(p.map, row0) : Offsets{}; };
+    Offsets at0 = locate_tile();
     const bool prefetched = P::kCanPrefetch && prefetches;
     if constexpr (P::kCanPrefetch) {
       if (prefetched) cp_async_wait<0>();
@@ -439,6 +440,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kMinBlocks) fwht_rows(const Op
       exchange<P, kFrom + 1, false>(memory, v, thread);
       transform_registers<P, kFrom + 1>(v);
     });
+    at0 = locate_tile();  // again, rather than held in registers all along
     if (p.post) multiply_signs<P, P::kLayouts - 1>(p, p.post, row0, at0, thread, whole, v);
     store_output<P, Tout>(p, row0, at0, thread, whole, v);
     if constexpr (P::kShares) synchronize<P>();

@@ -277,12 +277,12 @@ class Planner {
         s.threads = P::kThreads;
         s.shared_bytes = P::kExchangeBytes;
         s.grid = static_cast<unsigned>(std::min<int64_t>(tiles, kMaxGrid));
-        s.prefetch = P::kCanPrefetch && op.x_vector && is_16_bit(s.from_type) &&
-                     s.shared_bytes + P::kPrefetchBytes <= device_.shared_per_block && tiles > device_.multiprocessors;
+        s.prefetch = P::kCanPrefetch && op.x_vector && s.shared_bytes + P::kPrefetchBytes <= device_.shared_per_block &&
+                     tiles > device_.multiprocessors * P::kMinBlocks;
         if (s.prefetch) {
           s.shared_bytes += P::kPrefetchBytes;
           const int64_t resident = std::max<int64_t>(1, device_.shared_per_block / (s.shared_bytes + 1024));
-          s.grid = static_cast<unsigned>(std::min<int64_t>(tiles, device_.multiprocessors * std::min<int64_t>(resident, 2)));
+          s.grid = static_cast<unsigned>(device_.multiprocessors * std::min<int64_t>(resident, P::kMinBlocks));
         }
       };
       if (!is_16_bit(s.to_type) || widened) detail::with_rows_plan<2, false>(log_n2, shape);
