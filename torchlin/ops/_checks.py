@@ -41,7 +41,9 @@ def check_scale(name: str, scale: object) -> float:
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     if torch.is_grad_enabled():
-        for tensor in tensors:  # not any(): a compiler that traces this cannot look into a generator of tensor attributes
+        for tensor in (
+            tensors
+        ):  # not any(): a compiler that traces this cannot look into a generator of tensor attributes
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
@@ -77,7 +79,9 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 def check_inplace(x: torch.Tensor) -> None:
     """x may be overwritten: not a leaf that needs grad, not expanded."""
     if torch.is_grad_enabled() and x.requires_grad and x.is_leaf:
-        raise ValueError("inplace=True cannot overwrite x, a leaf tensor that requires grad: use inplace=False or x.detach()")
+        raise ValueError(
+            "inplace=True cannot overwrite x, a leaf tensor that requires grad: use inplace=False or x.detach()"
+        )
     if _overlaps_itself(x):
         raise ValueError(
             f"inplace=True needs an x whose elements do not share memory, got an expanded or overlapping view "
@@ -96,9 +100,13 @@ def check_out(out: object, x: torch.Tensor, *inputs: torch.Tensor | None) -> Non
     if out.shape != x.shape:
         raise ValueError(f"out must have x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
     if needs_grad(out, x, *inputs):
-        raise ValueError("out= does not support automatic differentiation: drop out=, or use torch.no_grad() or detach()")
+        raise ValueError(
+            "out= does not support automatic differentiation: drop out=, or use torch.no_grad() or detach()"
+        )
     if _overlaps_itself(out):
-        raise ValueError(f"out must not be an expanded or overlapping view, got strides {out.stride()} for shape {tuple(out.shape)}")
+        raise ValueError(
+            f"out must not be an expanded or overlapping view, got strides {out.stride()} for shape {tuple(out.shape)}"
+        )
     for source in (x, *inputs):
         if source is not None and _share_memory(out, source):
             raise ValueError("out must not share memory with an input: use inplace=True to overwrite x")

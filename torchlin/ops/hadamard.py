@@ -17,7 +17,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchlin import _library
 from torchlin.ops._checks import (
-    FLOAT_DTYPES,
     check_dim,
     check_float_tensor,
     check_inplace,
@@ -58,7 +57,14 @@ def hadamard_transform_reference(
 
 
 def _reference(
-    x: Tensor, scale: float, dim: int, order: int, k: int, signs: Tensor | None, had_k: Tensor | None, transpose: bool
+    x: Tensor,
+    scale: float,
+    dim: int,
+    order: int,
+    k: int,
+    signs: Tensor | None,
+    had_k: Tensor | None,
+    transpose: bool,
 ) -> Tensor:
     size = x.shape[dim]
     rows = x.movedim(dim, -1).to(compute_dtype(x.dtype))  # (..., N)
@@ -169,12 +175,21 @@ def hadamard_transform(
 
 
 def _into(
-    out: Tensor, x: Tensor, scale: float, dim: int, order: int, signs: Tensor | None, had_k: Tensor | None, transpose: bool
+    out: Tensor,
+    x: Tensor,
+    scale: float,
+    dim: int,
+    order: int,
+    signs: Tensor | None,
+    had_k: Tensor | None,
+    transpose: bool,
 ) -> Tensor:
     """Writes the transform of x into out, which is x itself (in place) or shares no memory with it."""
     if needs_grad(x, signs):  # in place on a tensor with history
         if signs is not None and signs.requires_grad:
-            raise ValueError("inplace=True overwrites x, which the gradient of signs needs: use inplace=False")
+            raise ValueError(
+                "inplace=True overwrites x, which the gradient of signs needs: use inplace=False"
+            )
         return _HadamardInplace.apply(x, signs, had_k, scale, dim, order, transpose)
     _write(out, x, scale, dim, order, signs, had_k, transpose)
     if not torch.compiler.is_compiling() and not out.is_inference():
@@ -191,7 +206,12 @@ def _write(out, x, scale, dim, order, signs, had_k, transpose):
 
 
 def _check(
-    x: Tensor, scale: float | None, dim: int, block_size: int | None, signs: Tensor | None, had_k: Tensor | None
+    x: Tensor,
+    scale: float | None,
+    dim: int,
+    block_size: int | None,
+    signs: Tensor | None,
+    had_k: Tensor | None,
 ) -> tuple[int, int, int, float, Tensor | None, Tensor | None]:
     """Validated (dim, order, K, scale, signs, had_k), in the form that the raw ops take."""
     check_float_tensor("x", x)
@@ -222,7 +242,9 @@ def _check_block_size(block_size: int, size: int) -> int:
     if not isinstance(block_size, int) or isinstance(block_size, bool):
         raise TypeError(f"block_size must be an int or None, got {type(block_size).__name__}")
     if block_size < 1 or size % block_size:
-        raise ValueError(f"block_size must be a positive divisor of the transformed size {size}, got {block_size}")
+        raise ValueError(
+            f"block_size must be a positive divisor of the transformed size {size}, got {block_size}"
+        )
     return operator.index(block_size)  # a traced graph is specialised on it
 
 
@@ -232,7 +254,9 @@ def _check_signs(signs: Tensor, size: int, x: Tensor) -> Tensor:
     if signs.dtype is torch.bool or signs.is_complex():
         raise TypeError(f"signs must hold real numbers, got {signs.dtype}")
     if signs.shape != (size,):
-        raise ValueError(f"signs must have shape ({size},), one factor an element of dim, got {tuple(signs.shape)}")
+        raise ValueError(
+            f"signs must have shape ({size},), one factor an element of dim, got {tuple(signs.shape)}"
+        )
     if signs.device != x.device:
         raise ValueError(f"signs must be on x's device {x.device}, got {signs.device}")
     return signs.to(compute_dtype(x.dtype)).contiguous().resolve_neg()
@@ -389,10 +413,7 @@ def _fake_last(x, scale=None):
 def _vmap_fwd(info, in_dims, x, scale, dim, order, signs, had_k, transpose):
     """One call for the whole batch: x's batch dimension is one more, s multiplies outside where it is batched."""
     x_dim, _, _, _, signs_dim, *_ = in_dims
-    if x_dim is None:
-        x = x.expand(info.batch_size, *x.shape)
-    else:
-        x = x.movedim(x_dim, 0)
+    x = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
     if signs_dim is None:
         return _raw._hadamard_fwd(x, scale, dim + 1, order, signs, had_k, transpose), 0
     shape = [1] * x.dim()
