@@ -1,10 +1,10 @@
 """What nvcc says of each CUDA kernel, and the time it should take on an H100, to hold against the first run.
 
-`python benchmarks/gpu_model.py` compiles `csrc/hadamard/op.cu` for one architecture (no GPU needed) and writes
+`python benchmarks/gpu_model.py` compiles `csrc/hadamard/op.cu` for one architecture (no GPU needed), writes
 `results/ptxas_sm90.csv` (registers, shared memory, spills) and `results/gpu_model_hadamard.csv` (prediction).
 
 The model counts, per element, bytes of global memory, instructions and bytes of shared memory, and divides by
-what the chip can do. A block works in phases (load, transform, exchange, store), so what is not the bottleneck
+what the chip can do. A block works in phases (load, transform, exchange, store); what is not the bottleneck
 hides behind other tiles: with T tiles on a multiprocessor the predicted time is
 max(parts) + (sum(parts) - max(parts)) / T, and half of that excess where the next tile is loaded early. The
 floor, where everything overlaps, is given beside it.
@@ -29,7 +29,7 @@ ARCH = "sm_90"
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates of a whole chip: datasheet figures, but for those marked as assumed, which a run has to replace."""
+    """Rates of a chip: datasheet figures, but for those marked as assumed, which a run has to replace."""
 
     name: str = "H100 SXM (model)"
     multiprocessors: int = 132
@@ -95,7 +95,7 @@ class Rows:
         adds = self.bits - min(4, max(self.bits - 2, 0)) if self.mma else self.bits
         load = 1 / vector + (0.5 + 0.25 if self.mma else 1)  # vectors; byte permutes and mma, or conversions
         store = 1 / vector + 1 + (0.5 if self.vector_bits == 3 else 0)
-        # Vector layouts move four values an instruction; the middle layout moves one, and xors some addresses.
+        # Vector layouts move four values an instruction; the middle layout one, and it xors addresses.
         exchange = {0: 0.0, 1: 0.6, 2: 3.0}[self.exchanges]
         return load + adds + exchange + store + 60 / self.values
 
@@ -105,7 +105,9 @@ class Rows:
 
 
 def sources() -> list[Path]:
-    return sorted(p for folder in ("core", "gpu", "hadamard") for p in (ROOT / "csrc" / folder).glob("*"))
+    csrc = ROOT / "csrc"
+    family = [csrc / "hadamard" / "op.cu", csrc / "hadamard" / "launch.h", *csrc.glob("hadamard/*.cuh")]
+    return sorted([*csrc.glob("core/*.h"), *csrc.glob("gpu/*.*"), *family])
 
 
 def find_nvcc() -> str | None:
@@ -120,7 +122,7 @@ def compile_ptx(folder: Path) -> tuple[str, str]:
     nvcc = find_nvcc()
     if nvcc is None:
         raise FileNotFoundError("nvcc was not found: put it on PATH")
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources() if p.is_file())).hexdigest()[:16]
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources())).hexdigest()[:16]
     ptx, log = folder / f"hadamard-{ARCH}-{digest}.ptx", folder / f"hadamard-{ARCH}-{digest}.ptxas"
     if not log.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +154,7 @@ TYPES = {"f": "float32", "d": "float64", "4Half": "float16", "8BFloat16": "bfloa
 
 def describe(mangled: str) -> dict[str, object]:
     """Kernel, types and template arguments from a mangled name."""
-    # The first mention of a class type is spelt out after the namespace c10; later ones are substitutions (S.._).
+    # The first mention of a class type is spelt out after c10; later ones are substitutions (S.._).
     if m := re.search(r"fwht_rowsINS0_8RowsPlanILi(\d+)ELi(\d+)ELb(\d)EEE(.*?)E+v", mangled):
         rest, head = (
             m[4],

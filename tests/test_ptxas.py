@@ -81,8 +81,6 @@ def test_rows_are_read_and_written_in_16_byte_vectors(compiled):
 
 def test_the_kept_tables_are_of_these_kernels(kernels):
     """A change of the kernels has to bring its figures along: `python benchmarks/gpu_model.py`."""
-    import csv
-
     with (gpu_model.RESULTS / "ptxas_sm90.csv").open() as file:
         kept = [
             {name: row[name] for name in ("kernel", "bits", "mma", "from", "to")}

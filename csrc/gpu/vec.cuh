@@ -15,7 +15,8 @@ struct alignas(sizeof(T) * N) Vec {
 inline constexpr int kVectorBytes = 16;
 
 namespace detail {
-// Carried as whole words: the compiler keeps a vector of 16-bit elements in one instruction only if it never sees the elements.
+// Carried as whole words: the compiler keeps a vector of 16-bit elements in one instruction only if it never
+// sees the elements.
 template <int Bytes>
 struct words;
 #if defined(__CUDACC__)

@@ -1,18 +1,21 @@
 // Powers of two along a contiguous axis: each element is read once and written once, in 16-byte vectors.
 //
-// A tile is 2^kBits consecutive elements: one row, or as many short rows as give a warp its work. Every thread holds 2^kRegs of
-// them. Which bits of the element's index select the register, and which the thread, is a Layout. A stage over bit b costs an
-// add per element wherever b is a register bit; between layouts, values change hands once through shared memory, instead of
-// once per stage through shuffles:
+// A tile is 2^kBits consecutive elements: one row, or as many short rows as give a warp its work. Every
+// thread holds 2^kRegs of them. Which bits of the element's index select the register, and which the thread,
+// is a Layout. A stage over bit b costs an add per element wherever b is a register bit; between layouts,
+// values change hands once through shared memory, instead of once per stage through shuffles:
 //
 //   registers      vector bits + top bits  |  kRegs middle bits  |  vector bits + the rest: two exchanges
-//   tensor cores   stages 2 .. 5 by mma, which on the way hands one lane bit to a register, and all other register bits by adds:
-//                  kRegs + 3 bits with no exchange (orders to 2^8), 2 kRegs with one (to 2^12), and a third layout beyond
+//   tensor cores   stages 2 .. 5 by mma, which on the way hands one lane bit to a register, and all other
+//   register bits by adds:
+//                  kRegs + 3 bits with no exchange (orders to 2^8), 2 kRegs with one (to 2^12), and a third
+//                  layout beyond
 //
-// The mma multiplies 16-bit inputs by +-1 and adds 16 of them in fp32: as exact as the adds it replaces. At 2^12 it saves a
-// third of the instructions and half of the shared-memory traffic (benchmarks/gpu_model.py). Later stages would first have to
-// split each fp32 value into 16-bit parts, three or more instructions an element to save four adds, so they stay in registers.
-// Where signs are multiplied in first, the product is no 16-bit number and the register path runs.
+// The mma multiplies 16-bit inputs by +-1 and adds 16 of them in fp32: as exact as the adds it replaces. At
+// 2^12 it saves a third of the instructions and half of the shared-memory traffic (benchmarks/gpu_model.py).
+// Later stages would first have to split each fp32 value into 16-bit parts, three or more instructions an
+// element to save four adds, so they stay in registers. Where signs are multiplied in first, the product is
+// no 16-bit number and the register path runs.
 #pragma once
 
 #include "gpu/cp_async.cuh"
@@ -23,7 +26,8 @@ namespace torchlin::hadamard {
 
 inline constexpr int kMinMmaBits = 4, kMaxRowBits = 15;
 
-// Bit j of a register number is bit regs[j] of the element's index in its tile; bit j of a thread number is bit threads[j].
+// Bit j of a register number is bit regs[j] of the element's index in its tile; bit j of a thread number is
+// bit threads[j].
 struct Layout {
   int nregs = 0, nthreads = 0;
   int regs[6] = {}, threads[10] = {};
@@ -46,7 +50,8 @@ struct Layout {
     }
     return false;
   }
-  // Hands the bits that no register holds to the threads, in ascending order: neighbours read neighbouring addresses.
+  // Hands the bits that no register holds to the threads, in ascending order: neighbours read neighbouring
+  // addresses.
   __host__ __device__ constexpr void fill_threads(int bits) {
     for (int b = 0; b < bits; ++b) {
       if (!holds(b)) threads[nthreads++] = b;
@@ -60,26 +65,36 @@ struct RowsPlan {
   static constexpr int kOrderBits = L, kVectorBits = W, kVector = 1 << W;
   static constexpr bool kMma = Mma;
   static_assert(!Mma || (W == 3 && L >= kMinMmaBits));
-  static constexpr int kRegs = Mma ? (L <= 7 ? 4 : L <= 10 ? 5 : 6) : L <= 9 ? 4 : L <= (W == 2 ? 13 : 12) ? 5 : 6;
+  static constexpr int kRegs = Mma                       ? (L <= 7    ? 4
+                                                            : L <= 10 ? 5
+                                                                      : 6)
+                               : L <= 9                  ? 4
+                               : L <= (W == 2 ? 13 : 12) ? 5
+                                                         : 6;
   static constexpr int kValues = 1 << kRegs;
   static constexpr int kBits = L > kRegs + 5 ? L : kRegs + 5;
   static constexpr int kTile = 1 << kBits;
   static constexpr int kRowBits = kBits - L;  // log2 of the rows in a tile
   static constexpr int kTileThreads = 1 << (kBits - kRegs);
-  static constexpr int kGroups = kTileThreads >= 128 ? 1 : 128 / kTileThreads;  // tiles a block works on side by side
+  static constexpr int kGroups =
+      kTileThreads >= 128 ? 1 : 128 / kTileThreads;  // tiles a block works on side by side
   static constexpr int kThreads = kTileThreads * kGroups;
-  // Registers a thread may use: enough for its values and addresses, few enough to keep loads of other warps in flight.
+  // Registers a thread may use: enough for its values and addresses, few enough to keep loads of other warps
+  // in flight.
   static constexpr int kRegisterBudget = kRegs == 4 ? 80 : kRegs == 5 ? 96 : 128;
-  static constexpr int kMinBlocks = 65536 / kRegisterBudget / kThreads > 0 ? 65536 / kRegisterBudget / kThreads : 1;
+  static constexpr int kMinBlocks =
+      65536 / kRegisterBudget / kThreads > 0 ? 65536 / kRegisterBudget / kThreads : 1;
   static constexpr int kLayouts = Mma ? (L <= 8 ? 2 : L <= 12 ? 3 : 4) : L <= W ? 1 : 3;
   static constexpr int kFirstTransformed = Mma ? 1 : 0;  // the layout that the values are in after loading
   static constexpr bool kShares = kLayouts > kFirstTransformed + 1;
   static constexpr size_t kExchangeBytes = kShares ? sizeof(float) * kTile * kGroups : 0;
-  // A multiprocessor holds few tiles this large: nothing would hide the loads of the next ones, so they are started early.
+  // A multiprocessor holds few tiles this large: nothing would hide the loads of the next ones, so they are
+  // started early.
   static constexpr bool kCanPrefetch = W == 3 ? L >= 12 : L == 12 || L == 13;
   static constexpr size_t kPrefetchBytes = size_t{16} / kVector * kTile * kGroups;
 
-  // The layouts in order. The first is loaded into, the last is stored from; with Mma, the second is what mma leaves behind.
+  // The layouts in order. The first is loaded into, the last is stored from; with Mma, the second is what mma
+  // leaves behind.
   __host__ __device__ static constexpr Layout layout(int which) {
     constexpr int kTop = kRegs - W;
     Layout l;
@@ -97,14 +112,16 @@ struct RowsPlan {
         const int lanes[5] = {kNext + 1, kNext + 2, 3, 4, 5};
         for (int j = 0; j < 5; ++j) l.threads[j] = lanes[j];
       }
-      for (l.nthreads = 5; l.nthreads < kBits - kRegs; ++l.nthreads) l.threads[l.nthreads] = l.nthreads + kRegs;
+      for (l.nthreads = 5; l.nthreads < kBits - kRegs; ++l.nthreads)
+        l.threads[l.nthreads] = l.nthreads + kRegs;
       return l;
     }
     l.nregs = kRegs;
     if (which == kLayouts - 2 && kLayouts > 2 && !(Mma && which == 1)) {
       for (int j = 0; j < kRegs; ++j) l.regs[j] = (Mma ? kBits - kRegs : W) + j;
     } else {
-      // Vectors, and the top bits; the last layout takes the bits above the middle where the order has some there.
+      // Vectors, and the top bits; the last layout takes the bits above the middle where the order has some
+      // there.
       const bool above_middle = !Mma && which == 2 && L > W + kRegs && W + kRegs < kBits - kTop;
       const int first = above_middle ? W + kRegs : kBits - kTop;
       for (int j = 0; j < W; ++j) l.regs[j] = j;
@@ -114,10 +131,12 @@ struct RowsPlan {
     return l;
   }
 
-  // The bits of the index transformed by mma, by pairs (k, m) of bits of its inner and outer index: see load_mma.
+  // The bits of the index transformed by mma, by pairs (k, m) of bits of its inner and outer index: see
+  // load_mma.
   __host__ __device__ static constexpr bool by_mma(int bit) { return Mma && bit >= 2 && bit <= 5; }
 
-  // Whether register bit j is transformed in this layout: once, where it first can be, if it belongs to the order at all.
+  // Whether register bit j is transformed in this layout: once, where it first can be, if it belongs to the
+  // order at all.
   __host__ __device__ static constexpr bool transforms(int which, int j) {
     const int bit = layout(which).regs[j];
     if (bit >= L || by_mma(bit)) return false;
@@ -138,8 +157,9 @@ struct RowsPlan {
     return true;
   }
 
-  // Where an element lives in shared memory: banks 4, 8 and 16 are exchanged by upper bits of the index, so that every
-  // layout reaches 32 banks at once. Linear over xor, hence addresses are one xor (or a constant offset) from the thread's own.
+  // Where an element lives in shared memory: banks 4, 8 and 16 are exchanged by upper bits of the index, so
+  // that every layout reaches 32 banks at once. Linear over xor, hence addresses are one xor (or a constant
+  // offset) from the thread's own.
   __host__ __device__ static constexpr int bank_of_bit(int bit) {
     if (Mma) return bit == 5 || bit == kRegs + 3 ? 4 : bit == kRegs + 4 ? 16 : 0;
     if (W == 3) return bit == 5 ? 4 : bit == kRegs + 3 ? 8 : bit == kRegs + 4 ? 16 : 0;
@@ -151,7 +171,8 @@ struct RowsPlan {
     return s;
   }
 
-  // Lanes that the hardware serves together (8 for 16-byte accesses, 32 for 4-byte ones) must not meet in a bank.
+  // Lanes that the hardware serves together (8 for 16-byte accesses, 32 for 4-byte ones) must not meet in a
+  // bank.
   __host__ __device__ static constexpr bool conflict_free(int which) {
     const Layout l = layout(which);
     const bool vectors = l.regs[0] == 0 && l.regs[1] == 1;
@@ -168,7 +189,8 @@ struct RowsPlan {
   }
 
   static_assert(complete());
-  static_assert(!kShares || (conflict_free(kFirstTransformed) && conflict_free(kLayouts - 2) && conflict_free(kLayouts - 1)));
+  static_assert(!kShares || (conflict_free(kFirstTransformed) && conflict_free(kLayouts - 2) &&
+                             conflict_free(kLayouts - 1)));
 };
 
 template <class P, int Which>
@@ -199,7 +221,8 @@ __device__ __forceinline__ void transform_registers(A (&v)[P::kValues]) {
   });
 }
 
-// Writes (or reads) the tile in layout Which to shared memory, four words at a time where the layout holds bits 0 and 1.
+// Writes (or reads) the tile in layout Which to shared memory, four words at a time where the layout holds
+// bits 0 and 1.
 template <class P, int Which, bool Write>
 __device__ __forceinline__ void exchange(shared_ptr<float> memory, float (&v)[P::kValues], int thread) {
   const int base = swizzle_thread<P>(thread_element<P, Which>(thread));
@@ -236,7 +259,8 @@ __device__ __forceinline__ void synchronize() {
   }
 }
 
-// Where a vector of the tile lies. Vectors of orders below a vector's length cross rows: those then lie a fixed stride apart.
+// Where a vector of the tile lies. Vectors of orders below a vector's length cross rows: those then lie a
+// fixed stride apart.
 struct Place {
   int64_t row;
   int position;  // in the row
@@ -244,7 +268,8 @@ struct Place {
 };
 
 template <class P>
-__device__ __forceinline__ Place locate(const Operands<float>& p, int64_t row0, const Offsets& at0, int element) {
+__device__ __forceinline__ Place locate(const Operands<float>& p, int64_t row0, const Offsets& at0,
+                                        int element) {
   const int position = element & ((1 << P::kOrderBits) - 1);
   if constexpr (P::kRowBits == 0) return {row0, position, at0};
   const int64_t row = row0 + (element >> P::kOrderBits);
@@ -255,7 +280,8 @@ __device__ __forceinline__ Place locate(const Operands<float>& p, int64_t row0, 
   }
 }
 
-// f(element, index of its row after the vector's, index in its row) for every element of a vector that exists.
+// f(element, index of its row after the vector's, index in its row) for every element of a vector that
+// exists.
 template <class P, class F>
 __device__ __forceinline__ void for_each_element(const Operands<float>& p, const Place& place, F&& f) {
   static_for<P::kVector>([&](auto e) {
@@ -266,7 +292,8 @@ __device__ __forceinline__ void for_each_element(const Operands<float>& p, const
 
 // f(index of the vector among the thread's registers, its place) for each vector of layout Which.
 template <class P, int Which, class F>
-__device__ __forceinline__ void for_each_vector(const Operands<float>& p, int64_t row0, const Offsets& at0, int thread, F&& f) {
+__device__ __forceinline__ void for_each_vector(const Operands<float>& p, int64_t row0, const Offsets& at0,
+                                                int thread, F&& f) {
   const int base = thread_element<P, Which>(thread);
   static_for<P::kValues / P::kVector>([&](auto q) {
     constexpr int kFirst = P::layout(Which).element(q.value * P::kVector);
@@ -274,11 +301,12 @@ __device__ __forceinline__ void for_each_vector(const Operands<float>& p, int64_
   });
 }
 
-// `whole`: every row of the tile exists. All branches here and below are taken by whole tiles, outside the loops over vectors:
-// a branch around each load would make each wait for the one before.
+// `whole`: every row of the tile exists. All branches here and below are taken by whole tiles, outside the
+// loops over vectors: a branch around each load would make each wait for the one before.
 template <class P, int Which>
-__device__ __forceinline__ void multiply_signs(const Operands<float>& p, const float* signs, int64_t row0, const Offsets& at0,
-                                               int thread, bool whole, float (&v)[P::kValues]) {
+__device__ __forceinline__ void multiply_signs(const Operands<float>& p, const float* signs, int64_t row0,
+                                               const Offsets& at0, int thread, bool whole,
+                                               float (&v)[P::kValues]) {
   if (P::kOrderBits >= P::kVectorBits && p.sign_vector && whole) {
     for_each_vector<P, Which>(p, row0, at0, thread, [&](auto q, const Place& place) {
       static_for<P::kVector / 4>([&](auto part) {
@@ -295,11 +323,13 @@ __device__ __forceinline__ void multiply_signs(const Operands<float>& p, const f
   }
 }
 
-// A vector of the thread's next tile on its way through shared memory. Each thread waits for and reads only its own copies.
+// A vector of the thread's next tile on its way through shared memory. Each thread waits for and reads only
+// its own copies.
 template <class P>
 __device__ __forceinline__ shared_ptr<uint32_t> staged(int vector) {
   const int thread = static_cast<int>(threadIdx.x);
-  return shared_cast<uint32_t>(dynamic_shared<float>()) + P::kTile * P::kGroups + (vector * P::kThreads + thread) * 4;
+  return shared_cast<uint32_t>(dynamic_shared<float>()) + P::kTile * P::kGroups +
+         (vector * P::kThreads + thread) * 4;
 }
 
 template <class P, class T>
@@ -316,8 +346,9 @@ __device__ __forceinline__ void prefetch(const Operands<float>& p, int64_t row, 
 
 // The thread's part of the input, in layout 0.
 template <class P, class T>
-__device__ __forceinline__ void load_input(const Operands<float>& p, int64_t row0, const Offsets& at0, int thread, bool whole,
-                                           bool prefetched, Vec<T, P::kVector> (&raw)[P::kValues / P::kVector]) {
+__device__ __forceinline__ void load_input(const Operands<float>& p, int64_t row0, const Offsets& at0,
+                                           int thread, bool whole, bool prefetched,
+                                           Vec<T, P::kVector> (&raw)[P::kValues / P::kVector]) {
   using V = Vec<T, P::kVector>;
   const T* x = static_cast<const T*>(p.x);
   if (P::kCanPrefetch && prefetched) {
@@ -336,12 +367,12 @@ __device__ __forceinline__ void load_input(const Operands<float>& p, int64_t row
   }
 }
 
-// Four stages by mma. Its inner index k has the bits (register pair, lane 0, lane 1, register half) = index bits 2, 3, 4, 5, its
-// outer index m the bits (lane 2, lane 3, lane 4, half of D) = index bits 3, 4, 5, 2. A holds the Hadamard matrix over those bits
-// that belong to the order, the identity over the others.
+// Four stages by mma. Its inner index k has the bits (register pair, lane 0, lane 1, register half) = index
+// bits 2, 3, 4, 5, its outer index m the bits (lane 2, lane 3, lane 4, half of D) = index bits 3, 4, 5, 2. A
+// holds the Hadamard matrix over those bits that belong to the order, the identity over the others.
 template <class P, class T>
-__device__ __forceinline__ void transform_mma(const Vec<T, P::kVector> (&input)[P::kValues / P::kVector], int thread,
-                                              float (&v)[P::kValues]) {
+__device__ __forceinline__ void transform_mma(const Vec<T, P::kVector> (&input)[P::kValues / P::kVector],
+                                              int thread, float (&v)[P::kValues]) {
   constexpr uint32_t kOne = std::is_same_v<T, Half> ? 0x3C00 : 0x3F80;
   const int lane = thread & 31;
   uint32_t a[4];
@@ -381,8 +412,8 @@ __device__ __forceinline__ void transform_mma(const Vec<T, P::kVector> (&input)[
 }
 
 template <class P, class T>
-__device__ __forceinline__ void store_output(const Operands<float>& p, int64_t row0, const Offsets& at0, int thread, bool whole,
-                                             const float (&v)[P::kValues]) {
+__device__ __forceinline__ void store_output(const Operands<float>& p, int64_t row0, const Offsets& at0,
+                                             int thread, bool whole, const float (&v)[P::kValues]) {
   T* y = static_cast<T*>(p.y);
   const auto rounded = [&](int q) {
     return narrow_vec<T, P::kVector>([&](int e) { return v[q * P::kVector + e] * p.scale; });
@@ -394,15 +425,19 @@ __device__ __forceinline__ void store_output(const Operands<float>& p, int64_t r
   } else {
     for_each_vector<P, P::kLayouts - 1>(p, row0, at0, thread, [&](auto q, const Place& place) {
       const auto out = rounded(q.value);
-      for_each_element<P>(p, place, [&](auto e, int row, int at) { y[place.at.y + row * p.map.y[0] + at] = out[e.value]; });
+      for_each_element<P>(
+          p, place, [&](auto e, int row, int at) { y[place.at.y + row * p.map.y[0] + at] = out[e.value]; });
     });
   }
 }
 
-// `prefetches`: the launch gave shared memory for the next tile's input, and x is aligned. Only where P::kCanPrefetch.
+// `prefetches`: the launch gave shared memory for the next tile's input, and x is aligned. Only where
+// P::kCanPrefetch.
 template <class P, class Tin, class Tout>
-__global__ void __launch_bounds__(P::kThreads, P::kMinBlocks) fwht_rows(const Operands<float> p, const bool prefetches) {
-  const int thread = static_cast<int>(threadIdx.x) % P::kTileThreads, group = static_cast<int>(threadIdx.x) / P::kTileThreads;
+__global__ void __launch_bounds__(P::kThreads, P::kMinBlocks)
+    fwht_rows(const Operands<float> p, const bool prefetches) {
+  const int thread = static_cast<int>(threadIdx.x) % P::kTileThreads,
+            group = static_cast<int>(threadIdx.x) / P::kTileThreads;
   const auto memory = dynamic_shared<float>() + group * P::kTile;
   const int64_t step = static_cast<int64_t>(gridDim.x) * P::kGroups << P::kRowBits;
   const int64_t offset = static_cast<int64_t>(group) << P::kRowBits;
@@ -425,7 +460,8 @@ __global__ void __launch_bounds__(P::kThreads, P::kMinBlocks) fwht_rows(const Op
     if constexpr (P::kMma) {
       transform_mma<P, Tin>(input, thread, v);
     } else {
-      static_for<P::kValues>([&](auto i) { v[i.value] = widen(input[i.value / P::kVector][i.value % P::kVector]); });
+      static_for<P::kValues>(
+          [&](auto i) { v[i.value] = widen(input[i.value / P::kVector][i.value % P::kVector]); });
       if (p.pre) multiply_signs<P, 0>(p, p.pre, row0, at0, thread, whole, v);
     }
     transform_registers<P, P::kFirstTransformed>(v);

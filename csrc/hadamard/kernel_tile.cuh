@@ -1,9 +1,11 @@
-// The general kernel: orders K * 2^k, any strides, any type. A block works on a tile of 2^log_rows rows x n x 2^log_columns
-// columns in shared memory; the columns are a second axis that is not transformed, contiguous where the transformed one is not.
+// The general kernel: orders K * 2^k, any strides, any type. A block works on a tile of 2^log_rows rows x n x
+// 2^log_columns columns in shared memory; the columns are a second axis that is not transformed, contiguous
+// where the transformed one is not.
 //
-// In shared memory the tile is [K][rows][2^k][columns], so that H_K acts across its slow index and the butterflies on a range of
-// bits of the fast one, whatever K. The H_K product comes first, on the way in from global memory: there 16-bit inputs are still
-// 16-bit numbers, and a tensor core multiplies them by +-1 exactly.
+// In shared memory the tile is [K][rows][2^k][columns], so that H_K acts across its slow index and the
+// butterflies on a range of bits of the fast one, whatever K. The H_K product comes first, on the way in from
+// global memory: there 16-bit inputs are still 16-bit numbers, and a tensor core multiplies them by +-1
+// exactly.
 #pragma once
 
 #include "gpu/mma.cuh"
@@ -26,8 +28,8 @@ struct TileOperands {
 inline __host__ __device__ int sign_words(int K) { return (K + 31) / 32; }
 inline __host__ __device__ int padded_rows(int K) { return (K + 15) / 16 * 16; }
 
-// Exchanges the lower bank bits by upper bits of the index: accesses of 32 neighbours, of 32 elements 16 apart, and of tensor-core
-// fragments in tiles of 2^6 .. 2^8 columns all reach 32 banks.
+// Exchanges the lower bank bits by upper bits of the index: accesses of 32 neighbours, of 32 elements 16
+// apart, and of tensor-core fragments in tiles of 2^6 .. 2^8 columns all reach 32 banks.
 __device__ __forceinline__ int swizzle_tile(int i) {
   return i ^ (i >> 5 & 15) ^ (i >> 4 & 16) ^ (i >> 8 & 6);
 }
@@ -48,7 +50,8 @@ struct Element {
 template <class A>
 __device__ __forceinline__ Element locate(const TileOperands<A>& p, const TileShape<A>& t, int kk, int col) {
   const int j = col >> p.log_columns & (t.n2 - 1);
-  const int64_t row = t.row0 + (col >> (p.log_columns + p.log_n2)), column = t.column0 + (col & ((1 << p.log_columns) - 1));
+  const int64_t row = t.row0 + (col >> (p.log_columns + p.log_n2)),
+                column = t.column0 + (col & ((1 << p.log_columns) - 1));
   const bool exists = row < p.op.rows && column < p.columns && kk < p.K;
   const int64_t c = column < p.columns ? column : 0;
   const int64_t i = static_cast<int64_t>(kk < p.K ? kk : 0) * t.n2 + j;
@@ -60,7 +63,8 @@ __device__ __forceinline__ Element locate(const TileOperands<A>& p, const TileSh
 
 // Bits of H_K by rows of its output (`by_output`) or of its input, for the whole life of the block.
 template <class A>
-__device__ __forceinline__ void pack_signs(const TileOperands<A>& p, shared_ptr<uint32_t> bits, bool by_output) {
+__device__ __forceinline__ void pack_signs(const TileOperands<A>& p, shared_ptr<uint32_t> bits,
+                                           bool by_output) {
   const int words = sign_words(p.K);
   const bool had_rows = by_output != p.transpose;  // the packed row is a row of `had`, not a column
   TORCHLIN_NO_UNROLL
@@ -85,11 +89,11 @@ __device__ __forceinline__ A flip(A v, uint32_t negative) {
   }
 }
 
-// Global memory -> H_K -> shared memory with ordinary arithmetic: 16 outputs of a column at a time, from its K inputs. Sums of 16
-// are summed: the error of one long sum would grow with sqrt(K).
+// Global memory -> H_K -> shared memory with ordinary arithmetic: 16 outputs of a column at a time, from its
+// K inputs. Sums of 16 are summed: the error of one long sum would grow with sqrt(K).
 template <class T, class A>
-__device__ __forceinline__ void load_tile_simt(const TileOperands<A>& p, const TileShape<A>& t, shared_ptr<A> tile,
-                                               shared_ptr<uint32_t> bits) {
+__device__ __forceinline__ void load_tile_simt(const TileOperands<A>& p, const TileShape<A>& t,
+                                               shared_ptr<A> tile, shared_ptr<uint32_t> bits) {
   if (p.K == 1) {
     constexpr int kBatch = 4;  // independent loads in flight
     TORCHLIN_NO_UNROLL
@@ -151,26 +155,29 @@ __device__ __forceinline__ Vec<T, 8> load_eight(const T* x, bool exists) {
   constexpr int kStep = kVectorBytes / sizeof(T) < 8 ? kVectorBytes / sizeof(T) : 8;
   static_for<8 / kStep>([&](auto q) {
     const auto part = load_vec<Vec<T, kStep>>(x + q.value * kStep);
-    static_for<kStep>([&](auto e) { v[q.value * kStep + e.value] = exists ? part[e.value] : static_cast<T>(0.0f); });
+    static_for<kStep>(
+        [&](auto e) { v[q.value * kStep + e.value] = exists ? part[e.value] : static_cast<T>(0.0f); });
   });
   return v;
 }
 
-// The top half of a float: its sign, exponent and first 8 bits. What is left, v - high_part(v), is exact. NaN stays NaN.
+// The top half of a float: its sign, exponent and first 8 bits. What is left, v - high_part(v), is exact. NaN
+// stays NaN.
 __device__ __forceinline__ uint32_t high_part(float v) {
   return v == v ? bits_as<uint32_t>(v) & 0xFFFF0000u : 0x7FC00000u;
 }
 
-// Global memory -> H_K on tensor cores -> shared memory, a warp doing 64 columns x 16 outputs at a time. A lane's columns are
-// its own vectors: column 8 g + s of the 64 is column g of fragment s.
+// Global memory -> H_K on tensor cores -> shared memory, a warp doing 64 columns x 16 outputs at a time. A
+// lane's columns are its own vectors: column 8 g + s of the 64 is column g of fragment s.
 //
-// 16-bit inputs without signs are used as they are. Everything else is cut into bfloat16 parts of 8 bits, three at most, which
-// sum to the float exactly; parts that are zero throughout the warp are skipped. Products of parts are exact, but tensor cores
-// cut sums off where fp32 rounds them, and over K / 16 steps that bias would show in float results. So there each step starts
-// from zero, apart for the upper part (whose sum of 16 fits) and the lower ones, and is added to the rest by ordinary adds.
+// 16-bit inputs without signs are used as they are. Everything else is cut into bfloat16 parts of 8 bits,
+// three at most, which sum to the float exactly; parts that are zero throughout the warp are skipped.
+// Products of parts are exact, but tensor cores cut sums off where fp32 rounds them, and over K / 16 steps
+// that bias would show in float results. So there each step starts from zero, apart for the upper part (whose
+// sum of 16 fits) and the lower ones, and is added to the rest by ordinary adds.
 template <class T>
-__device__ __forceinline__ void load_tile_mma(const TileOperands<float>& p, const TileShape<float>& t, shared_ptr<float> tile,
-                                              shared_ptr<uint32_t> bits) {
+__device__ __forceinline__ void load_tile_mma(const TileOperands<float>& p, const TileShape<float>& t,
+                                              shared_ptr<float> tile, shared_ptr<uint32_t> bits) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, q = lane % 4;
   const int words = sign_words(p.K), row_tiles = padded_rows(p.K) / 16;
@@ -183,10 +190,12 @@ __device__ __forceinline__ void load_tile_mma(const TileOperands<float>& p, cons
     float d[8][4] = {};
     TORCHLIN_NO_UNROLL
     for (int k0 = 0; k0 < p.K; k0 += 16) {
-      // A fragment of H_K from its sign bits; beyond K there are ones, which meet zeros in x or make rows that nobody stores.
+      // A fragment of H_K from its sign bits; beyond K there are ones, which meet zeros in x or make rows
+      // that nobody stores.
       uint32_t a[4];
       static_for<2>([&](auto half) {
-        const uint32_t row = static_cast<uint32_t>(bits[(m0 + 8 * half.value) * words + k0 / 32]) >> (k0 % 32 + 2 * q);
+        const uint32_t row =
+            static_cast<uint32_t>(bits[(m0 + 8 * half.value) * words + k0 / 32]) >> (k0 % 32 + 2 * q);
         a[half.value] = ones | (row & 1) << 15 | (row & 2) << 30;
         a[half.value + 2] = ones | (row >> 8 & 1) << 15 | (row >> 8 & 2) << 30;
       });
@@ -195,13 +204,15 @@ __device__ __forceinline__ void load_tile_mma(const TileOperands<float>& p, cons
       static_for<4>([&](auto i) {
         const int kk = k0 + 2 * q + i.value % 2 + i.value / 2 * 8;
         row[i.value] = (kk < p.K ? kk : 0) * t.n2;
-        x[i.value] = load_eight(static_cast<const T*>(p.op.x) + place.at.x + row[i.value], place.exists && kk < p.K);
+        x[i.value] =
+            load_eight(static_cast<const T*>(p.op.x) + place.at.x + row[i.value], place.exists && kk < p.K);
       });
       if constexpr (sizeof(T) == 2) {
         if (as_is) {
           static_for<8>([&](auto s) {
             const auto pair = [&](int i) {
-              return bits_as<uint16_t>(x[i][s.value]) | static_cast<uint32_t>(bits_as<uint16_t>(x[i + 1][s.value])) << 16;
+              return bits_as<uint16_t>(x[i][s.value]) |
+                     static_cast<uint32_t>(bits_as<uint16_t>(x[i + 1][s.value])) << 16;
             };
             const uint32_t b[2] = {pair(0), pair(2)};
             mma_m16n8k16<T>(d[s.value], a, b);
@@ -221,7 +232,8 @@ __device__ __forceinline__ void load_tile_mma(const TileOperands<float>& p, cons
         float rest[4];
         static_for<4>([&](auto i) {
           rest[i.value] = widen(x[i.value][s.value]);
-          if (sizeof(T) == 2 && p.op.pre) rest[i.value] *= p.op.pre[place.at.signs + (row[i.value] + s.value)];
+          if (sizeof(T) == 2 && p.op.pre)
+            rest[i.value] *= p.op.pre[place.at.signs + (row[i.value] + s.value)];
         });
         uint32_t b[2], left = 0;
         const auto cut = [&] {
@@ -280,7 +292,8 @@ __device__ __forceinline__ void transform_tile(shared_ptr<A> tile, int total, in
 }
 
 template <class T, class A>
-__device__ __forceinline__ void store_shared_tile(const TileOperands<A>& p, const TileShape<A>& t, shared_ptr<A> tile) {
+__device__ __forceinline__ void store_shared_tile(const TileOperands<A>& p, const TileShape<A>& t,
+                                                  shared_ptr<A> tile) {
   T* y = static_cast<T*>(p.op.y);
   constexpr int kVector = kVectorBytes / sizeof(T);
   if (p.op.y_vector) {
@@ -311,7 +324,8 @@ template <class Tout, bool Mma>
 inline constexpr int kTileBlocks = Mma || std::is_same_v<Tout, double> ? 2 : 3;
 
 template <class Tin, class Tout, bool Mma>
-__global__ void __launch_bounds__(kTileThreads, (kTileBlocks<Tout, Mma>)) fwht_tile(const TileOperands<accumulate_t<Tout>> p) {
+__global__ void __launch_bounds__(kTileThreads, (kTileBlocks<Tout, Mma>))
+    fwht_tile(const TileOperands<accumulate_t<Tout>> p) {
   using A = accumulate_t<Tout>;
   TileShape<A> t;
   t.n2 = 1 << p.log_n2;
