@@ -6,6 +6,7 @@ and in s, so derivatives of every order are calls of the same op.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import MutableMapping
 from typing import Any
@@ -153,7 +154,7 @@ def hadamard_transform(
     ):
         try:
             size = x.shape[-1]
-            if size & (size - 1) == 0:
+            if size & (size - 1) == 0 < size:
                 return _last(x) if scale is None else _last(x, scale)
         except (IndexError, RuntimeError):
             pass
@@ -229,7 +230,7 @@ def _check(
     if k == 1 and had_k is not None:  # [[1]] or [[-1]]: the kernels take a core from order 2 on
         factor = had_k.to(compute_dtype(x.dtype)).view(1)
         signs, had_k = factor.expand(size).contiguous() if signs is None else signs * factor, None
-    return dim, order, k, order**-0.5 if scale is None else check_scale("scale", scale), signs, had_k
+    return dim, order, k, 1 / math.sqrt(order) if scale is None else check_scale("scale", scale), signs, had_k
 
 
 def check_order(size: int, block_size: int | None = None) -> tuple[int, int]:
