@@ -31,7 +31,7 @@ struct CorePlan {
 
   static constexpr int kSlotBlock = 2;     // rows that the kernel sums side by side
   static constexpr int kChunkGroups = 8;   // at most so many terms of a row at a time
-  static constexpr int kChunkEntries = 128;  // and so many table entries, to stay in L1
+  static constexpr int kChunkEntries = 128;  // and so many table entries (both halves of a pair), to stay in L1
 
   int32_t K = 1, rows = 1;  // rows = K, or K/2 when paired
   bool paired = false;
@@ -44,7 +44,7 @@ struct CorePlan {
   CorePlan(const int8_t* matrix, int32_t K, bool transpose);
 };
 
-inline constexpr int kMaxGroup = 6;
+inline constexpr int kMaxGroup = 5;
 
 // Where, in a table of a group, the combination with these signs (relative to the first) stands. The kernel makes the
 // combinations of the first (g+1)/2 columns and of the rest, and then every sum and difference of one of each.
@@ -84,16 +84,19 @@ inline CorePlan::CorePlan(const int8_t* matrix, int32_t order, bool transpose) :
     }
   }
 
-  // Cost of an element, in cycles where a table store and an addition from the table take about one each.
+  // Cost of an element: table stores, an addition a group, and partial sums stored and loaded again for every chunk.
+  const auto chunks_of = [&](int g) {
+    const int32_t all = (rows + g - 1) / g, most = std::min(kChunkGroups, kChunkEntries / (paired ? 2 : 1) >> (g - 1));
+    return (all + most - 1) / most;
+  };
   int width = 1;
   double best = 1e30;
   for (int g = 1; g <= kMaxGroup; ++g) {
-    const double cost = 1.2 * (1 << (g - 1)) / g + (rows + g - 1) / g;
+    const double cost = 1.2 * (1 << (g - 1)) / g + (rows + g - 1) / g + 2 * (chunks_of(g) - 1);
     if (cost < best) best = cost, width = g;
   }
   // Chunks of about equal size.
-  const int32_t all = (rows + width - 1) / width, most = std::min(kChunkGroups, std::max(1, kChunkEntries >> (width - 1)));
-  const int32_t parts = (all + most - 1) / most, each = (all + parts - 1) / parts;
+  const int32_t all = (rows + width - 1) / width, parts = chunks_of(width), each = (all + parts - 1) / parts;
   for (int32_t column = 0; column < rows; column += width) {
     if (chunks.empty() || chunks.back().groups == each) chunks.push_back({static_cast<int32_t>(groups.size()), 0, 0, 0});
     Chunk& chunk = chunks.back();

@@ -277,25 +277,29 @@ int column_bits(int bits) {
   return bits <= kL2Bits ? kFarRadixBits : std::min(kColumnBits, bits - kBlockBits<C> - 2);
 }
 
-// All stages of 2^bits elements, unscaled, into compute-type memory (src may be that memory).
+// All stages of `count` neighbouring runs of 2^bits elements, unscaled, into compute-type memory (src may be that memory).
 template <In kIn, class T, class C>
-void lower(const T* src, C* work, int bits, const C* signs) {
-  constexpr int kBase = kBaseBits<C>;
-  if (bits <= kWholeBits<C>) {
-    if (bits < kLaneBits<C>) return packed_of<kIn, Out::raw>(bits, src, work, int64_t{1} << bits, signs, true, C(1));
-    return base_of<kIn, Out::raw>(bits, src, 0, work, 0, 1, signs, 0, C(1));
-  }
+void lower(const T* src, C* work, int bits, int64_t count, const C* signs) {
+  const int64_t n = int64_t{1} << bits, sign_step = kIn == In::raw ? 0 : n;
+  if (bits < kLaneBits<C>) return packed_of<kIn, Out::raw>(bits, src, work, count * n, signs, true, C(1));
+  if (bits <= kWholeBits<C>) return base_of<kIn, Out::raw>(bits, src, n, work, n, count, signs, sign_step, C(1));
   if (bits <= kBlockBits<C>) {
-    constexpr int64_t n = int64_t{1} << kBase;
-    base<1 << kRadixBits, kIn, Out::raw>(src, n, work, n, int64_t{1} << (bits - kBase), signs, kIn == In::raw ? 0 : n, C(1));
-    return stages<Out::raw>(work, work, n, bits - kBase, static_cast<const C*>(nullptr), C(1));
+    constexpr int64_t b = int64_t{1} << kBaseBits<C>;
+    const int64_t most = (int64_t{1} << kBlockBits<C>) >> bits;
+    for (int64_t i = 0; i < count; i += most) {
+      const int64_t together = std::min(most, count - i), at = i * n;
+      base<1 << kRadixBits, kIn, Out::raw>(src + at, b, work + at, b, together * n / b, kIn == In::raw ? signs : signs + at,
+                                           kIn == In::raw ? 0 : b, C(1));
+      stages<Out::raw>(work + at, work + at, b, bits - kBaseBits<C>, static_cast<const C*>(nullptr), C(1), together);
+    }
+    return;
   }
   const int above = column_bits<C>(bits);
-  const int64_t leg = int64_t{1} << (bits - above);
-  for (int64_t b = 0; b < (int64_t{1} << above); ++b) {
-    lower<kIn>(src + b * leg, work + b * leg, bits - above, kIn == In::raw ? signs : signs + b * leg);
+  const int64_t leg = n >> above;
+  for (int64_t i = 0; i < count; ++i, src += n, work += n, signs += sign_step) {
+    lower<kIn>(src, work, bits - above, int64_t{1} << above, signs);
+    columns<Out::raw>(work, work, leg, above, 0, leg, static_cast<const C*>(nullptr), C(1));
   }
-  columns<Out::raw>(work, work, leg, above, 0, leg, static_cast<const C*>(nullptr), C(1));
 }
 
 // Stages over a panel x[2^bits][row] in compute-type memory, in place, blocked for L1.
@@ -374,7 +378,6 @@ void make_tables(const CorePlan& plan, const CorePlan::Chunk& chunk, const C* x,
       case 3: make_table<3, Paired, NV>(from, pitch, to, second_half); break;
       case 4: make_table<4, Paired, NV>(from, pitch, to, second_half); break;
       case 5: make_table<5, Paired, NV>(from, pitch, to, second_half); break;
-      case 6: make_table<6, Paired, NV>(from, pitch, to, second_half); break;
     }
   }
 }
@@ -514,13 +517,11 @@ template <class T, class C>
 void split_blocks(const Job& job, const Split& split, const T* src, C* work, const C* signs, int64_t begin, int64_t end) {
   int bits = 0;
   while ((int64_t{1} << bits) < split.width) ++bits;
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t at = b * split.width;
-    if (signs != nullptr && !job.signs_last) {
-      lower<In::with_signs>(src + at, work + at, bits, signs + at);
-    } else {
-      lower<In::raw>(src + at, work + at, bits, signs);
-    }
+  const int64_t at = begin * split.width;
+  if (signs != nullptr && !job.signs_last) {
+    lower<In::with_signs>(src + at, work + at, bits, end - begin, signs + at);
+  } else {
+    lower<In::raw>(src + at, work + at, bits, end - begin, signs);
   }
 }
 
