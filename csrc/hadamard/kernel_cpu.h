@@ -394,12 +394,9 @@ void core_rows_of(const CorePlan& plan, const CorePlan::Chunk& chunk, bool first
     V<C> y[kSlots][NV];
     unroll<kSlots>([&](int r) __attribute__((always_inline)) {
       unroll<NV>([&](int q) __attribute__((always_inline)) {
-        if (!first) {
-          y[r][q] = load(sums + (slot + r) * kCols + q * W);
-        } else if constexpr (Paired) {
-          y[r][q] = load(x + (slot + (r ^ 1)) * pitch + q * W) * C(plan.extras[(slot + r) / 2]);
-        } else {
-          y[r][q] = V<C>{};
+        y[r][q] = V<C>{};
+        if constexpr (Paired) {
+          if (first) y[r][q] = load(x + (slot + (r ^ 1)) * pitch + q * W) * C(plan.extras[(slot + r) / 2]);
         }
       });
     });
@@ -419,7 +416,11 @@ void core_rows_of(const CorePlan& plan, const CorePlan::Chunk& chunk, bool first
       });
     });
     unroll<kSlots>([&](int r) __attribute__((always_inline)) {
-      unroll<NV>([&](int q) __attribute__((always_inline)) { store(to[q] + (slot + r) * leg, y[r][q] * scale); });
+      unroll<NV>([&](int q) __attribute__((always_inline)) {
+        // Only now: a sum of sums loses less to rounding than one long sum.
+        if (!first) y[r][q] = y[r][q] + load(sums + (slot + r) * kCols + q * W);
+        store(to[q] + (slot + r) * leg, y[r][q] * scale);
+      });
     });
   }
 }
