@@ -469,9 +469,7 @@ def check_nonfinite(op: Op, sample: Sample) -> None:
         if not t.is_floating_point() or not t.numel():
             continue
         for special in (math.nan, math.inf, -math.inf):
-            spoiled = sample.map(torch.clone)
-            with torch.no_grad():
-                spoiled.tensors[i].view(-1)[t.numel() // 2] = special
+            spoiled = _spoil(sample, i, special)
             assert_value(op, spoiled.call(op.public), spoiled, f"{special} in tensor {i}")
 
 
@@ -534,6 +532,13 @@ def check_emulated(op: Op, sample: Sample) -> None:
         assert_value(op, value, laid, f"emulated, {layout}")
         if slopes is not None:
             assert_gradients(op, laid, slopes, grads=grads, what=f"emulated gradient, {layout}")
+    for i, t in enumerate(sample.tensors):
+        if t.is_floating_point() and t.numel():
+            for special in (math.nan, math.inf):
+                spoiled = _spoil(sample, i, special)
+                with Emulate():
+                    value = spoiled.call(op.public)
+                assert_value(op, value, spoiled, f"emulated, {special} in tensor {i}")
     assert ran, "no raw op was emulated"
 
 
@@ -947,6 +952,14 @@ def _differentiable_function(op: Op, sample: Sample) -> tuple[Callable[..., Any]
         return tuple(result[i] for i in outputs) if len(outputs) > 1 else result[outputs[0]]
 
     return fn, tuple(sample.tensors[i] for i in where)
+
+
+def _spoil(sample: Sample, i: int, special: float) -> Sample:
+    """The sample with one element of its i-th tensor replaced."""
+    spoiled = sample.map(torch.clone)
+    with torch.no_grad():
+        spoiled.tensors[i].view(-1)[spoiled.tensors[i].numel() // 2] = special
+    return spoiled
 
 
 def _varied(t: Tensor, b: int) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -95,7 +97,9 @@ def emulated_kernels() -> dict[str, Any]:
         write(x, *arguments, out)
         return out
 
-    def last(x: Tensor, scale: float | None = None) -> Tensor:  # on the CPU only; on a GPU it is _hadamard_fwd
+    def last(
+        x: Tensor, scale: float | None = None
+    ) -> Tensor:  # on the CPU only; on a GPU it is _hadamard_fwd
         n = x.shape[-1]
         return make(x, n**-0.5 if scale is None else scale, x.dim() - 1, n, None, None, False)
 
@@ -615,7 +619,7 @@ def bad_inputs() -> Iterator[Any]:
         yield pytest.param(kind, message, tensor, options, id=name)
 
 
-@pytest.mark.parametrize(("kind", "message", "x", "options"), bad_inputs())
+@pytest.mark.parametrize(("kind", "message", "x", "options"), list(bad_inputs()))
 def test_bad_input(kind: type[Exception], message: str, x: Any, options: dict[str, Any]) -> None:
     """The error names the argument, what came and what is allowed, and no tensor was written to."""
     tensors = [
@@ -842,3 +846,26 @@ def test_registry() -> None:
         assert isinstance(module, HadamardTransform)
     assert torch.equal(module.signs, HadamardTransform(64, randomized=True, seed=2).signs)
     assert "hadamard" in torchlin.names("transform")
+
+
+# ---------------------------------------------------------------------------------------- page
+
+
+def test_page_runs() -> None:
+    """The code on docs/hadamard.md, block after block in one namespace, and what it says about itself."""
+    page = (Path(__file__).parents[1] / "docs" / "hadamard.md").read_text()
+    namespace: dict[str, Any] = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(block, namespace)
+    assert (
+        "Nearest supported orders: 16 and 20; to keep 18, transform in blocks: block_size=2"
+        in printed.getvalue()
+    )
+    heads, across = namespace["heads"], namespace["across"]
+    h = torchlin.hadamard_matrix(32).float()
+    torch.testing.assert_close(across, torch.einsum("ij,btjd->btid", h, heads) * 32**-0.5)
+    assert torch.equal(namespace["same"].signs, namespace["rotate"].signs)
+    y = torch.randn(2, 576)
+    torch.testing.assert_close(namespace["undo"](namespace["rotate"](y)), y)
