@@ -53,6 +53,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[battery.Sample
     yield battery.Sample("5x2", x(5, 2))
     yield battery.Sample("3x4", x(3, 4))
     yield battery.Sample("13x8", x(13, 8))
+    yield battery.Sample("9x16", x(9, 16))
+    yield battery.Sample("3x384", x(3, 384))
     yield battery.Sample("7x32-unnormalised", x(7, 32), scale=1.0)
     yield battery.Sample("0x16", x(0, 16))
     yield battery.Sample("3x0x5-dim0", x(2, 0, 5), dim=0)

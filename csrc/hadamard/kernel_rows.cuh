@@ -24,7 +24,8 @@
 
 namespace torchlin::hadamard {
 
-inline constexpr int kMinMmaBits = 4, kMaxRowBits = 15;
+// Below order 2^6 an mma would span rows, and its zeros times one row's NaN or infinity would reach them all.
+inline constexpr int kMinMmaBits = 6, kMaxRowBits = 15;
 
 // Bit j of a register number is bit regs[j] of the element's index in its tile; bit j of a thread number is
 // bit threads[j].
@@ -369,7 +370,7 @@ __device__ __forceinline__ void load_input(const Operands<float>& p, int64_t row
 
 // Four stages by mma. Its inner index k has the bits (register pair, lane 0, lane 1, register half) = index
 // bits 2, 3, 4, 5, its outer index m the bits (lane 2, lane 3, lane 4, half of D) = index bits 3, 4, 5, 2. A
-// holds the Hadamard matrix over those bits that belong to the order, the identity over the others.
+// holds the Hadamard matrix over them.
 template <class P, class T>
 __device__ __forceinline__ void transform_mma(const Vec<T, P::kVector> (&input)[P::kValues / P::kVector],
                                               int thread, float (&v)[P::kValues]) {
@@ -382,12 +383,10 @@ __device__ __forceinline__ void transform_mma(const Vec<T, P::kVector> (&input)[
       const int k = (lane & 3) << 1 | half.value | (i.value >> 1) << 3;
       const int m3 = i.value & 1, m = lane >> 2;  // m without its top bit
       const int m_of_k = m << 1 | m3;             // bits in the order of k
-      constexpr int kOfOrder = P::kOrderBits >= 6 ? 15 : (1 << (P::kOrderBits - 2)) - 1;
-      const bool nonzero = ((k ^ m_of_k) & ~kOfOrder) == 0;
-      int parity = k & m_of_k & kOfOrder;
+      int parity = k & m_of_k;
       parity ^= parity >> 2;
       parity ^= parity >> 1;
-      a[i.value] |= (nonzero ? kOne | (parity & 1) << 15 : 0) << 16 * half.value;
+      a[i.value] |= (kOne | (parity & 1) << 15) << 16 * half.value;
     });
   });
   struct Words {
