@@ -126,19 +126,25 @@ TORCHLIN_INLINE V<float> load(const bf16* p) {
 #endif
 }
 
-// Round to nearest even; a NaN stays a (quiet) NaN.
+// Round to nearest even. A NaN is set to all ones, also a NaN, where rounding could have carried it over into a number.
 TORCHLIN_INLINE void store(bf16* p, V<float> v) {
-  const V<uint32_t> u = (V<uint32_t>)v;
-  const V<uint32_t> rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const V<uint32_t> bits = v != v ? (u >> 16) | 0x40 : rounded;
 #if TORCHLIN_ISA_BYTES == 64
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(kAll, (__m512i)bits));
-#elif TORCHLIN_ISA_BYTES == 32
+  const __m512i u = (__m512i)v;
+  const __m512i odd = _mm512_maskz_set1_epi32(_mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000)), 1);
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i bits = _mm512_mask_set1_epi32(rounded, nan, -1);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(kAll, _mm512_srli_epi32(bits, 16)));
+#else
+  const V<uint32_t> u = (V<uint32_t>)v;
+  const V<uint32_t> bits = ((u + 0x7fff + ((u >> 16) & 1)) | (V<uint32_t>)(v != v)) >> 16;
+#if TORCHLIN_ISA_BYTES == 32
   const __m256i pairs = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
 #else
   const auto h = __builtin_convertvector(bits, typename vector_of<uint16_t, kLanes<float>>::type);
   std::memcpy(p, &h, sizeof h);
+#endif
 #endif
 }
 
