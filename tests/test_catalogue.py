@@ -612,7 +612,7 @@ def test_derivatives_by_parameters_through_slots(activation, native):
     want = torch.autograd.grad(y.sum(), flat, allow_unused=True) if y.requires_grad else [None] * len(flat)
     slots = [evaluate(s, leaves, _FUNCTIONS) for s in chosen.slots]
     elements = [e for s in slots for e in (s if isinstance(s, list) else [s])]
-    numbers = [[float(e) for e in s] if isinstance(s, list) else float(s) for s in slots]
+    numbers = slot_values(a, values)
     total = torch.zeros((), dtype=x.dtype)
     for seed, element in enumerate(elements):
         _, d = native(chosen.kernel, [x.numpy()], numbers, by=-1, seed=seed)

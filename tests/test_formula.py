@@ -393,6 +393,14 @@ def test_rewrites_keep_random_formulas(seed):
     assert compared > 15
 
 
+def test_rewrites_come_to_an_end():
+    for i in range(1000, 3000):
+        node = parse(random_formula(i), ["a", "b"])
+        for nonnegative in ((), ("a", "b")):
+            new = simplify(node, nonnegative)
+            assert simplify(new, nonnegative) is new, to_text(node)
+
+
 # --------------------------------------------------------------------------------------------------- rewrites
 
 

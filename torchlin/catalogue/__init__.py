@@ -5,17 +5,22 @@ A section is one name:
     [celu]
     display = CELU
     aliases = other, names
-    formula = where(x > 0, x, a*expm1(x/a))        ; the language of formula.py
-    param a = 1 learnable in (0, inf) by softplus  ; default, then what applies of: learnable, channel, in
-    <interval>, by <how> source = who and when year = 2017 verified = how the formula was checked, or no note
-    = why it is this one, where sources disagree
+    formula = where(x > 0, x, a*expm1(x/a))
+    param a = 1 learnable in (0, inf) by softplus
+    source = who, where, when
+    year = 2017
+    verified = how the formula was checked, or no
+    note = why it is this one, where sources disagree
 
-`same_as = name(param=expression, ...)` in place of a formula makes it another name of a function, with own
-defaults; parameters that are not bound keep their names. `implementation = name` marks what no formula over
-elements can say (softmax, maxout): code under that name computes it. `inputs` are the tensors, x unless said
-otherwise. `noise` lines: see stochastic.ini. `channel` says that the source learns one value for each
-channel, `by` how a learnable parameter is kept inside its interval: by softplus, exp or sigmoid of a free
-parameter, or by clamp.
+Formulas are in the language of formula.py. A parameter has a default and then what applies of: `learnable`;
+`channel`, if the source learns one value for each channel; `in` its domain; `by` softplus, exp or sigmoid of
+a free parameter, or by clamp: how a learnable one is kept inside its domain. `[1, 2]`, `linspace(0, 1, 5)`
+and `repeat(0, 5)` as default make a coefficient vector. `inputs` are the tensors, x unless said otherwise;
+`noise` lines: see stochastic.ini.
+
+`same_as = name(param=expression, ...)` in place of a formula makes it another name of a function, with its
+own defaults; parameters that are not bound keep their names. `implementation = name` marks what no formula
+over elements can say (softmax, maxout): code of that name computes it.
 
 This package needs neither torch nor a compiled library, only torch_code does: the build imports it on its
 own, as `catalogue`.

@@ -352,6 +352,8 @@ def saturation(r: Rewriter, n: Call) -> Node | None:
     "u + sqrt(k + u^2) cancel"
 )
 def roots(r: Rewriter, n: Call) -> Node | None:
+    if not n.varies:
+        return None
     match n:
         case Call("sqrt", (Call("add", (k, Call("mul", (u, v)))),)) if (
             u is v and not k.varies and r.is_nonnegative(k)
@@ -360,8 +362,6 @@ def roots(r: Rewriter, n: Call) -> Node | None:
         case Call("sqrt", (Call("add", (k, Call("mul", (m, Call("mul", (u, v)))))),)):
             if u is v and not k.varies and not m.varies and r.is_nonnegative(k) and r.is_nonnegative(m):
                 return call("hypot", call("sqrt", k), _mul(call("sqrt", m), u))
-        case Call("sqrt", (Call("mul", (k, v)),)) if k is v and not k.varies:
-            return call("abs", k)
         case Call("add", (Number(value=-1.0), Call("hypot", (Number(value=1.0), u)) as h)):
             small = _mul(u, _div(u, _add(ONE, h)))  # for large u as it was: inf - 1 is better than inf/inf
             large = _sub(call("max", ONE, h), ONE)  # max: h - 1 itself would come back here
@@ -370,9 +370,9 @@ def roots(r: Rewriter, n: Call) -> Node | None:
             u is v and not k.varies
         ):
             return _div(_add(u, h), h)  # and the next case
-        case Call("add", (u, Call("hypot", (k, v)) as h)) if u is v and not k.varies:
+        case Call("add", (u, Call("hypot", (k, v)) as h)) if u is v and u.varies and not k.varies:
             return call("where", call("gt", u, ZERO), _add(h, u), _div(_mul(k, k), _sub(h, u)))
-        case Call("sub", (u, Call("hypot", (k, v)) as h)) if u is v and not k.varies:
+        case Call("sub", (u, Call("hypot", (k, v)) as h)) if u is v and u.varies and not k.varies:
             return _neg(call("where", call("gt", u, ZERO), _div(_mul(k, k), _add(h, u)), _sub(h, u)))
     return None
 
