@@ -47,8 +47,8 @@ def cuda_arch_flags() -> list[str]:
     return flags
 
 
-def sources(pattern: str) -> list[Path]:
-    return sorted(CSRC.rglob(pattern))
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob(pattern))
 
 
 class NinjaBuild(build_ext):
@@ -59,81 +59,91 @@ class NinjaBuild(build_ext):
 
         torch_dir = Path(torch.__file__).resolve().parent
         # Not setuptools' temporary folder: an editable install throws that away, and nothing would be incremental.
-        build = ROOT / "build" / f"native-torch{torch.__version__}{'-debug' if self.debug else ''}"
-        build.mkdir(parents=True, exist_ok=True)
-        optimise = ["-O1", "-g"] if self.debug else ["-O3"]
-        extra = os.environ.get("TORCHLIN_CXXFLAGS", "").split()
-        define = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-        include = [f"-I{CSRC}", f"-isystem {torch_dir / 'include'}"]
-        # Paths of the build machine stay out of error texts and debug info.
-        relocate = f"-ffile-prefix-map={ROOT}/=" f" -ffile-prefix-map={torch_dir}/=torch/"
-        cxx = [*optimise, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-               "-ffp-contract=fast", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", relocate, *define, *include, *extra]  # fmt: skip
-        link = ["-shared", "-Wl,--gc-sections", "-Wl,-z,defs" if "-fsanitize" not in " ".join(extra) else "",
-                "" if self.debug else "-s", f"-L{torch_dir / 'lib'}", *[f for f in extra if f.startswith("-fsanitize")]]  # fmt: skip
-
-        ninja = [
-            f"cxx = {os.environ.get('CXX', 'g++')}",
-            f"cxxflags = {' '.join(cxx)}",
-            f"ldflags = {' '.join(filter(None, link))}",
-            "rule cxx\n  command = $cxx -MMD -MF $out.d $cxxflags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            "rule link\n  command = $cxx $in -o $out $ldflags $libs",
-        ]
-        if any(ext.name.endswith("_cuda") for ext in self.extensions):
-            nvcc = find_nvcc()
-            assert nvcc is not None
-            cuda_home = Path(nvcc).parents[1]
-            nvccflags = [*optimise, "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA", "-lineinfo",
-                         "-Xptxas", "-v", "--threads", "0", *cuda_arch_flags(), *define, *include,
-                         "-diag-suppress", "177"]  # fmt: skip
-            # ptxas reports registers, shared memory and spills of each kernel: kept beside the object, read by the tests.
-            ninja += [
-                f"nvcc = {nvcc}",
-                f"nvccflags = {' '.join(nvccflags)}",
-                "rule nvcc\n  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out > $out.ptxas 2>&1 "
-                "|| (cat $out.ptxas; exit 1)\n  depfile = $out.d\n  deps = gcc",
-            ]
+        folder = ROOT / "build" / f"native-torch{torch.__version__}{'-debug' if self.debug else ''}"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = cpu_rules(torch_dir, self.debug)
+        if any(is_cuda(ext) for ext in self.extensions):
+            lines += cuda_rules(torch_dir, self.debug)
         for ext in self.extensions:
-            is_cuda = ext.name.endswith("_cuda")
             target = Path(self.get_ext_fullpath(ext.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            objects = []
-            for source in map(Path, ext.sources):
-                obj = build / (str(source.resolve().relative_to(ROOT)).replace("/", ".") + ".o")
-                ninja.append(f"build {obj}: {'nvcc' if is_cuda else 'cxx'} {source.resolve()}")
-                objects.append(str(obj))
-            ninja.append(f"build {target}: link {' '.join(objects)}")
-            # A CUDA torch's libtorch.so depends on libtorch_cuda.so: it must be a direct dependency of ours, or the CUDA
-            # shims are not found at load time. A CPU torch cannot resolve them at link time, hence no -z defs.
-            ninja.append(
-                f"  libs = -L{cuda_home / 'lib64'} -Wl,--no-as-needed -ltorch -Wl,-z,lazy -Wl,--unresolved-symbols=ignore-all "
-                "-lcudart_static -lrt -lpthread -ldl"
-                if is_cuda
-                else "  libs = -ltorch_cpu"
-            )
-        (build / "build.ninja").write_text("\n".join(ninja) + "\n")
-        jobs = os.environ.get("MAX_JOBS")
-        command = [_ninja(), "-f", str(build / "build.ninja"), *(["-j", jobs] if jobs else [])]
-        subprocess.run(command, check=True, cwd=build)
+            objects = {folder / f"{source.replace('/', '.')}.o": ROOT / source for source in ext.sources}
+            compiler, linker = ("nvcc", "link_cuda") if is_cuda(ext) else ("cxx", "link")
+            lines += [f"build {obj}: {compiler} {source}" for obj, source in objects.items()]
+            lines.append(f"build {target}: {linker} {' '.join(map(str, objects))}")
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        subprocess.run([ninja(), *jobs], check=True, cwd=folder)
         for ext in self.extensions:
             path = Path(self.get_ext_fullpath(ext.name))
             print(f"torchlin: {path.name} {path.stat().st_size / 1024:.0f} KiB", file=sys.stderr)
 
 
-def _ninja() -> str:
+def is_cuda(ext: Extension) -> bool:
+    return ext.name.endswith("_cuda")
+
+
+def common_flags(torch_dir: Path, debug: bool) -> tuple[list[str], list[str]]:
+    """Flags of both compilers, and those that keep the build machine's paths out of error texts."""
+    common = ["-O1 -g" if debug else "-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    common += [f"-I{CSRC}", f"-isystem {torch_dir / 'include'}"]
+    return common, [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch_dir}/=torch/"]
+
+
+def cpu_rules(torch_dir: Path, debug: bool) -> list[str]:
+    common, relocate = common_flags(torch_dir, debug)
+    extra = os.environ.get("TORCHLIN_CXXFLAGS", "").split()
+    flags = [
+        *common,
+        *relocate,
+        "-fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast",
+    ]
+    flags += ["-Wall -Wno-unknown-pragmas -Wno-psabi -Wno-maybe-uninitialized", *extra]
+    link = [flag for flag in extra if flag.startswith("-fsanitize")] or ["-Wl,-z,defs"]
+    link += ["-Wl,--gc-sections", f"-L{torch_dir / 'lib'}", "-ltorch_cpu", *([] if debug else ["-s"])]
+    return [
+        f"cxx = {os.environ.get('CXX', 'g++')}",
+        "rule cxx",
+        f"  command = $cxx -MMD -MF $out.d {' '.join(flags)} -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx -shared $in -o $out {' '.join(link)}",
+    ]
+
+
+def cuda_rules(torch_dir: Path, debug: bool) -> list[str]:
+    common, relocate = common_flags(torch_dir, debug)
+    flags = [*common, "-DUSE_CUDA", "-Xptxas -v", "--threads 0", "-diag-suppress 177", *cuda_arch_flags()]
+    flags += [f"-Xcompiler {','.join(['-fPIC', '-fvisibility=hidden', *relocate])}"]
+    return [
+        f"nvcc = {find_nvcc()}",
+        "rule nvcc",
+        # ptxas reports registers, shared memory and spills of each kernel: kept beside the object, read by the tests.
+        f"  command = $nvcc -MD -MF $out.d {' '.join(flags)} -c $in -o $out > $out.ptxas 2>&1 || "
+        "(cat $out.ptxas; exit 1)",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link_cuda",
+        # In a CUDA torch libtorch.so depends on libtorch_cuda.so, and must be a direct dependency of ours: otherwise
+        # the CUDA shims are not found at load time. A CPU torch does not have them, so here they stay unresolved.
+        f"  command = $nvcc -shared $in -o $out -L{torch_dir / 'lib'} -Xlinker --no-as-needed -ltorch "
+        f"-Xlinker --unresolved-symbols=ignore-all,--gc-sections{'' if debug else ',-s'}",
+    ]
+
+
+def ninja() -> str:
     if found := shutil.which("ninja"):
         return found
-    import ninja
+    from ninja import BIN_DIR
 
-    return str(Path(ninja.BIN_DIR) / "ninja")
+    return str(Path(BIN_DIR) / "ninja")
 
 
 def extensions() -> list[Extension]:
-    libraries = [Extension("torchlin._C", [str(p.relative_to(ROOT)) for p in sources("*.cpp")], py_limited_api=True)]
-    if find_nvcc() and (cuda := sources("*.cu")):
-        libraries.append(
-            Extension("torchlin._cuda", [str(p.relative_to(ROOT)) for p in cuda], py_limited_api=True)
-        )
+    libraries = [Extension("torchlin._C", sources("*.cpp"), py_limited_api=True)]
+    if find_nvcc():
+        libraries.append(Extension("torchlin._cuda", sources("*.cu"), py_limited_api=True))
     return libraries
 
 

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LARGE = 1 << 16  # elements from which a sample is expected to reach a kernel's parallel and blocked paths
 GRADCHECK_LIMIT = 4096  # elements up to which finite differences are worth their time
+EMULATION_LIMIT = 2048  # elements up to which a CUDA kernel is emulated, one fiber a thread
 
 
 class Sample:
@@ -95,6 +96,8 @@ class Op:
         "equal"  # "equal": NaN and infinities as in the reference; "spread": non-finite where it is
     )
     preserves_format: bool = False  # output strides are those of torch.empty_like(first tensor)
+    # Raw op -> its CUDA kernels in the emulator, for CPU tensors; made when first needed.
+    emulated: Callable[[], Mapping[str, Callable[..., Any]]] | None = None
     inplace: bool = False  # takes inplace=True
     out: bool = False  # takes out=
     forward_ad: bool = False
@@ -506,6 +509,35 @@ def check_isa(op: Op, sample: Sample) -> None:
 
 
 @check(
+    devices=("cpu",), applies=lambda op, sample: op.emulated is not None and sample.numel <= EMULATION_LIMIT
+)
+def check_emulated(op: Op, sample: Sample) -> None:
+    """The public function with its raw ops run by the CUDA kernels on the emulator: value and gradient."""
+    assert op.emulated is not None
+    kernels = {qualified(name): kernel for name, kernel in op.emulated().items()}
+    ran = set()
+
+    class Emulate(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.name().split(".")[0]
+            if name not in kernels:
+                return func(*args, **(kwargs or {}))
+            ran.add(name)
+            return kernels[name](*args, **(kwargs or {}))
+
+    for layout in ("contiguous", "offset", "transposed"):
+        laid = sample.map(lambda t, layout=layout: lay_out(t, layout))
+        with Emulate():
+            value = laid.call(op.public)
+            grads = cotangents(value) if laid.differentiable else []
+            slopes = gradients(op.public, laid, grads) if laid.differentiable else None
+        assert_value(op, value, laid, f"emulated, {layout}")
+        if slopes is not None:
+            assert_gradients(op, laid, slopes, grads=grads, what=f"emulated gradient, {layout}")
+    assert ran, "no raw op was emulated"
+
+
+@check(
     dtypes=(torch.float64,),
     applies=lambda op, sample: bool(sample.differentiable) and 0 < sample.numel <= GRADCHECK_LIMIT,
 )
@@ -775,6 +807,9 @@ INFRASTRUCTURE: dict[str, str] = {
     "torchlin::_cpu_isa": "says which CPU level runs; check_isa uses it",
     "torchlin::_cpu_isa_names": "says which CPU levels there are; check_isa uses it",
     "torchlin::_set_cpu_isa": "chooses the CPU level; check_isa uses it",
+    "torchlin::_bench_arithmetic": "a ceiling of the machine; test_benchmarks.py",
+    "torchlin::_bench_copy": "a ceiling of the machine; test_benchmarks.py",
+    "torchlin::_bench_cycles": "a ceiling of the machine; test_benchmarks.py",
 }
 
 
@@ -858,6 +893,7 @@ def raw_calls(op: Op, sample: Sample) -> list[tuple[Any, tuple[Any, ...], dict[s
         if sample.differentiable:
             gradients(op.public, sample, cotangents(result))
         with torch.no_grad():
+            sample.call(op.public)
             if op.out:
                 sample.call(op.public, out=torch.empty_like(result))
             if op.inplace:

@@ -172,8 +172,12 @@ TOY = battery.Op(
     forward_ad=True,
 )
 
-# TOY has no CPU levels of its own: an empty list would make check_isa vacuous.
-TOY = replace(TOY, isa=lambda: [contextlib.nullcontext("only")])
+# TOY has no CPU levels and no CUDA kernels of its own: without these the checks for them would be vacuous.
+TOY = replace(
+    TOY,
+    isa=lambda: [contextlib.nullcontext("only")],
+    emulated=lambda: {"torchlin_toy::_soft_fwd": _fwd, "torchlin_toy::_soft_bwd": _bwd},
+)
 
 test_right_op_passes = battery.tests(TOY)
 
@@ -407,6 +411,12 @@ FAULTS: dict[str, tuple[str, str, battery.Op]] = {
         "CPU ISA avx2",
         broken(lambda x, w: soft(x, w) * (2 if _level[0] == "avx2" else 1), isa=_levels),
     ),
+    "emulated kernel wrong": (
+        "emulated",
+        "emulated, contiguous",
+        replace(TOY, emulated=lambda: {"torchlin_toy::_soft_fwd": lambda x, w: _fwd(x, w) * 2}),
+    ),
+    "emulated kernel never run": ("emulated", "no raw op was emulated", replace(TOY, emulated=dict)),
     "first derivative off": ("gradcheck", "Jacobian mismatch", second(lambda gx, gw, _: (gx, gw * 2))),
     "second derivative cut off": (
         "gradcheck",

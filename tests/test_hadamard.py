@@ -78,16 +78,41 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[battery.Sample
     yield battery.Sample("5x17408-signs", x(5, 17408), signs=signs(17408))
 
 
+def emulated_kernels() -> dict[str, Any]:
+    from simt.build import load
+    from test_hadamard_cuda_emulated import Case
+
+    module = load("hadamard")
+
+    def write(
+        x: Tensor, scale: float, dim: int, order: int, signs: Any, had_k: Any, transpose: bool, out: Tensor
+    ) -> None:
+        numpy = lambda t: None if t is None else t.detach().numpy()  # noqa: E731
+        Case(dim, order, numpy(had_k), numpy(signs), scale, transpose).run(module, x, out)
+
+    def make(x: Tensor, *arguments: Any) -> Tensor:
+        out = torch.empty_like(x)
+        write(x, *arguments, out)
+        return out
+
+    def last(x: Tensor, scale: float | None = None) -> Tensor:  # on the CPU only; on a GPU it is _hadamard_fwd
+        n = x.shape[-1]
+        return make(x, n**-0.5 if scale is None else scale, x.dim() - 1, n, None, None, False)
+
+    return {"_hadamard_fwd": make, "_hadamard_last": last, "_hadamard_out": write}
+
+
 OP = battery.Op(
     name="hadamard",
     public=hadamard_transform,
     reference=hadamard_transform_reference,
     samples=samples,
-    raw=("_hadamard_fwd", "_hadamard_out"),
+    raw=("_hadamard_fwd", "_hadamard_last", "_hadamard_out"),
     names=(("transform", "hadamard"),),
     autocast="keep",
     nonfinite="spread",  # a core may be applied as (S + D) u - 2 D x: an infinity can meet its own negative
     preserves_format=True,
+    emulated=emulated_kernels,
     inplace=True,
     out=True,
     forward_ad=True,
@@ -311,7 +336,7 @@ def test_strided_dim_is_not_copied() -> None:
         hadamard_transform(x, dim=0)
         hadamard_transform(x.mT, dim=0)
     names = {event.name for event in run.events()}
-    assert "torchlin::_hadamard_fwd" in names
+    assert names & {"torchlin::_hadamard_fwd", "torchlin::_hadamard_last"}
     assert not names & {"aten::contiguous", "aten::clone", "aten::copy_", "aten::to"}, names
 
 

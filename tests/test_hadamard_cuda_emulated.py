@@ -116,7 +116,7 @@ def test_powers_of_two(emulated, log_n, dtype):
         steps = check(emulated, case, values(rows, n, dtype=dtype))
         assert len(steps) == 1 or dtype == torch.float64, "up to 32768 a row is read once and written once"
         if dtype in (torch.float16, torch.bfloat16):
-            assert steps[0]["mma"] == (log_n in range(4, 11) and (signs is None or transpose))
+            assert steps[0]["mma"] == (log_n >= 4 and (signs is None or transpose))
         if dtype != torch.float64:
             assert steps[0]["kernel"] == "rows"
             assert steps[0]["x_vector"]
@@ -249,21 +249,25 @@ def test_devices_with_less_shared_memory(emulated):
         check(emulated, Case(dim=1), values(1, 1 << 12, 4, dtype=dtype), device=small)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize("log_n", [14, 15])
+@pytest.mark.parametrize(
+    ("dtype", "log_n"),
+    [(torch.float32, 12), (torch.float32, 13), (torch.float16, 12), (torch.bfloat16, 13), (torch.float16, 14),
+     (torch.bfloat16, 15)],
+)  # fmt: skip
 def test_the_next_tile_is_loaded_early(emulated, log_n, dtype):
     n = 1 << log_n
     few = H100 | {"multiprocessors": 1}
-    for rows in (2, 5):
+    for rows in (11, 14) if log_n < 14 else (3, 5):
         x = values(rows, n, dtype=dtype)
-        steps = check(emulated, Case(signs=sign_vector(n, dtype, "+-1"), scale=n**-0.5), x, device=few)
-        assert steps[0]["prefetch"]
-        assert steps[0]["grid"] <= 2
+        for signs in (sign_vector(n, dtype, "+-1"), None):
+            steps = check(emulated, Case(signs=signs, scale=n**-0.5), x, device=few)
+            assert steps[0]["prefetch"]
+            assert steps[0]["grid"] < rows
         check(emulated, Case(scale=n**-0.5), x, x, device=few)
     # 128 KB for the exchange and 64 KB for the next row do not fit everywhere.
     few = A100 | {"multiprocessors": 1}
-    steps = check(emulated, Case(scale=n**-0.5), values(2, n, dtype=dtype), device=few)
-    assert steps[0]["prefetch"] == (log_n == 14)
+    steps = check(emulated, Case(scale=n**-0.5), values(11, n, dtype=dtype), device=few)
+    assert steps[0]["prefetch"] == (log_n < 15)
 
 
 @pytest.mark.parametrize(

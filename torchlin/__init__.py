@@ -1,10 +1,21 @@
 """torchlin: linearity and non-linearity in neural networks, as fast PyTorch ops, modules and names."""
 
-from torchlin import functional, nn
+from torchlin import compat, functional, nn, quant
 from torchlin.ops.hadamard_matrix import hadamard_matrix
 from torchlin.registry import create, describe, names, register
 from torchlin.swap import swap_
 
 __version__ = "0.1.0"
 
-__all__ = ["create", "describe", "functional", "hadamard_matrix", "names", "nn", "register", "swap_"]
+__all__ = [
+    "compat",
+    "create",
+    "describe",
+    "functional",
+    "hadamard_matrix",
+    "names",
+    "nn",
+    "quant",
+    "register",
+    "swap_",
+]

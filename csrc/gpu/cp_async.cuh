@@ -12,7 +12,8 @@ __device__ __forceinline__ void cp_async_16(shared_ptr<uint32_t> to, const void*
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most `Left` of the thread's latest groups are in flight; other threads' copies need a barrier after it.
+// Waits until at most `Left` of the thread's latest groups are in flight; other threads' copies need a
+// barrier after it.
 template <int Left>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");

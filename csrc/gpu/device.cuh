@@ -1,8 +1,8 @@
 // The ground that every kernel stands on: nvcc compiles it for a device, g++ for the emulator in tests/simt.
 //
-// Kernels live in .cuh files without torch and without launches, take dynamic shared memory only, through dynamic_shared<T>(),
-// call warp operations with the full mask, reach every barrier with every thread, and reach PTX only through a wrapper that
-// has an emulated body (mma.cuh, cp_async.cuh).
+// Kernels live in .cuh files without torch and without launches, take dynamic shared memory only, through
+// dynamic_shared<T>(), call warp operations with the full mask, reach every barrier with every thread, and
+// reach PTX only through a wrapper that has an emulated body (mma.cuh, cp_async.cuh).
 #pragma once
 
 #include <cstddef>
@@ -16,8 +16,10 @@
 
 #if defined(__CUDACC__)
 #define TORCHLIN_UNROLL _Pragma("unroll")
+#define TORCHLIN_NO_UNROLL _Pragma("unroll 1")
 #else
 #define TORCHLIN_UNROLL
+#define TORCHLIN_NO_UNROLL
 #endif
 
 namespace torchlin::gpu {
@@ -62,7 +64,8 @@ __device__ __forceinline__ void static_for_each(F&& f, std::integer_sequence<int
   (f(constant<I>{}), ...);
 }
 
-// f(constant<0>{}), ..., f(constant<N - 1>{}): register arrays indexed inside are indexed by constants, whatever the optimiser.
+// f(constant<0>{}), ..., f(constant<N - 1>{}): register arrays indexed inside are indexed by constants,
+// whatever the optimiser.
 template <int N, class F>
 __device__ __forceinline__ void static_for(F&& f) {
   static_for_each(f, std::make_integer_sequence<int, N>{});

@@ -1,4 +1,5 @@
-// Launches a kernel as planned: raises the limit on dynamic shared memory where the plan asks for more than the default.
+// Launches a kernel as planned: raises the limit on dynamic shared memory where the plan asks for more than
+// the default.
 #pragma once
 
 #include "core/cuda.h"
@@ -14,9 +15,11 @@ inline int device_attribute(cudaDeviceAttr which, int device) {
 }
 
 template <class Kernel, class... Args>
-void launch(cudaStream_t stream, Kernel kernel, unsigned grid, int threads, size_t shared_bytes, const Args&... args) {
+void launch(cudaStream_t stream, Kernel kernel, unsigned grid, int threads, size_t shared_bytes,
+            const Args&... args) {
   if (shared_bytes > kDefaultSharedBytes) {
-    TORCHLIN_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+    TORCHLIN_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(shared_bytes)));
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(args...);

@@ -26,4 +26,28 @@ __device__ __forceinline__ T narrow(A v) {
   return static_cast<T>(v);
 }
 
+// N roundings at once: 16-bit types are converted in pairs, one instruction a pair.
+template <class T, int N, class F>
+__device__ __forceinline__ Vec<T, N> narrow_vec(F&& value) {
+  Vec<T, N> out;
+#if defined(__CUDACC__)
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+    struct Words {
+      uint32_t w[N / 2];
+    } words;
+    static_for<N / 2>([&](auto i) {
+      const float lo = value(2 * i.value), hi = value(2 * i.value + 1);
+      if constexpr (std::is_same_v<T, Half>) {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words.w[i.value]) : "f"(hi), "f"(lo));
+      } else {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words.w[i.value]) : "f"(hi), "f"(lo));
+      }
+    });
+    return bits_as<Vec<T, N>>(words);
+  }
+#endif
+  static_for<N>([&](auto i) { out[i.value] = narrow<T>(value(i.value)); });
+  return out;
+}
+
 }  // namespace torchlin::gpu

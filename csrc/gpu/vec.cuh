@@ -15,7 +15,8 @@ struct alignas(sizeof(T) * N) Vec {
 inline constexpr int kVectorBytes = 16;
 
 namespace detail {
-// Carried as whole words: the compiler keeps a vector of 16-bit elements in one instruction only if it never sees the elements.
+// Carried as whole words: the compiler keeps a vector of 16-bit elements in one instruction only if it never
+// sees the elements.
 template <int Bytes>
 struct words;
 #if defined(__CUDACC__)
@@ -48,10 +49,8 @@ struct words<4> {
 
 template <class To, class From>
 __device__ __forceinline__ To bits_as(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(static_cast<void*>(&to), static_cast<const void*>(&from), sizeof to);
-  return to;
+  // A memcpy here ends as single-byte loads: nvcc forwards it to the memory behind `from`.
+  return __builtin_bit_cast(To, from);
 }
 }  // namespace detail
 

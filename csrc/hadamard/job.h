@@ -14,8 +14,8 @@ namespace torchlin::hadamard {
 
 // How to multiply by a K x K matrix of +-1 in about K/g additions per element ("four Russians"): for every group of g
 // columns all 2^(g-1) combinations +-c_0 +- ... +-c_(g-1) up to sign are made once, and each row then adds one of them per
-// group. If the matrix is S (x) [[1,1],[1,-1]] + D (x) [[1,-1],[-1,-1]] with S + D full of +-1 and at most one D entry a
-// row (Paley II, or a Kronecker product with H_2), `paired` halves that: with u = x_0 + x_1 and v = x_0 - x_1,
+// group. If the matrix is S (x) [[1,1],[1,-1]] + D (x) [[1,-1],[-1,-1]], D diagonal, S + D full of +-1 (Paley II, or a
+// Kronecker product with H_2), `paired` halves that: with u = x_0 + x_1 and v = x_0 - x_1,
 // y_0 = (S + D) u - 2d x_1 and y_1 = (S + D) v - 2d x_0.
 struct CorePlan {
   struct Group {
@@ -28,18 +28,18 @@ struct CorePlan {
     int32_t entry;
     float sign;
   };
-  struct Extra {
-    int32_t column;
-    float coefficient;  // 0: none
-  };
+
+  static constexpr int kSlotBlock = 2;     // rows that the kernel sums side by side
+  static constexpr int kChunkGroups = 8;   // at most so many terms of a row at a time
+  static constexpr int kChunkEntries = 128;  // and so many table entries, to stay in L1
 
   int32_t K = 1, rows = 1;  // rows = K, or K/2 when paired
   bool paired = false;
   int32_t max_entries = 0;    // table entries of the largest chunk (per half when paired)
   std::vector<Group> groups;
   std::vector<Chunk> chunks;  // so many groups at a time that their table stays in L1
-  std::vector<Term> terms;    // [chunk][row][group of the chunk]
-  std::vector<Extra> extras;  // [row], paired only
+  std::vector<Term> terms;    // [chunk][block of slots][group of the chunk][row of the block]
+  std::vector<float> extras;  // -2d of each pair of rows, or 0; paired only
 
   CorePlan(const int8_t* matrix, int32_t K, bool transpose);
 };
@@ -63,18 +63,16 @@ inline CorePlan::CorePlan(const int8_t* matrix, int32_t order, bool transpose) :
   std::vector<int8_t> m;  // the +-1 matrix whose rows are summed: H, or S + D
   paired = K % 2 == 0 && K >= 4;
   for (int32_t i = 0; paired && i < K / 2; ++i) {
-    Extra extra{0, 0};
+    extras.push_back(0);
     for (int32_t j = 0; paired && j < K / 2; ++j) {
       const int8_t a = at(2 * i, 2 * j), b = at(2 * i, 2 * j + 1), c = at(2 * i + 1, 2 * j), d = at(2 * i + 1, 2 * j + 1);
       m.push_back(a);
-      if (b == a && c == a && d == -a) continue;
-      if (b == -a && c == -a && d == -a && extra.coefficient == 0) {
-        extra = {j, -2.f * a};
+      if (i == j && b == -a && c == -a && d == -a) {
+        extras[i] = -2.f * a;
       } else {
-        paired = false;
+        paired = b == a && c == a && d == -a;
       }
     }
-    extras.push_back(extra);
   }
   if (paired) {
     rows = K / 2;
@@ -86,31 +84,34 @@ inline CorePlan::CorePlan(const int8_t* matrix, int32_t order, bool transpose) :
     }
   }
 
-  // Cost of an element in vector operations: table stores, and half a cycle for each addition.
+  // Cost of an element, in cycles where a table store and an addition from the table take about one each.
   int width = 1;
   double best = 1e30;
   for (int g = 1; g <= kMaxGroup; ++g) {
-    const double cost = 0.8 * (1 << (g - 1)) / g + 0.5 * ((rows + g - 1) / g);
+    const double cost = 1.2 * (1 << (g - 1)) / g + (rows + g - 1) / g;
     if (cost < best) best = cost, width = g;
   }
-  constexpr int32_t kChunkEntries = 128;
+  // Chunks of about equal size.
+  const int32_t all = (rows + width - 1) / width, most = std::min(kChunkGroups, std::max(1, kChunkEntries >> (width - 1)));
+  const int32_t parts = (all + most - 1) / most, each = (all + parts - 1) / parts;
   for (int32_t column = 0; column < rows; column += width) {
-    const int32_t w = std::min<int32_t>(width, rows - column), entries = 1 << (w - 1);
-    if (chunks.empty() || chunks.back().entries + entries > kChunkEntries / (paired ? 2 : 1)) {
-      chunks.push_back({static_cast<int32_t>(groups.size()), 0, 0, 0});
-    }
-    groups.push_back({column, w, chunks.back().entries});
-    chunks.back().groups += 1;
-    chunks.back().entries += entries;
-    max_entries = std::max(max_entries, chunks.back().entries);
+    if (chunks.empty() || chunks.back().groups == each) chunks.push_back({static_cast<int32_t>(groups.size()), 0, 0, 0});
+    Chunk& chunk = chunks.back();
+    groups.push_back({column, std::min<int32_t>(width, rows - column), chunk.entries});
+    chunk.groups += 1;
+    chunk.entries += 1 << (groups.back().width - 1);
+    max_entries = std::max(max_entries, chunk.entries);
   }
+  const int32_t block = paired ? kSlotBlock / 2 : kSlotBlock;  // divides the rows of every matrix there is above order 1
   for (Chunk& chunk : chunks) {
     chunk.first_term = static_cast<int32_t>(terms.size());
-    for (int32_t row = 0; row < rows; ++row) {
+    for (int32_t row = 0; row < rows; row += block) {
       for (int32_t g = 0; g < chunk.groups; ++g) {
         const Group& group = groups[chunk.first_group + g];
-        const int8_t* signs = &m[row * rows + group.column];
-        terms.push_back({group.entry + combination_index(signs, group.width), static_cast<float>(signs[0])});
+        for (int32_t r = row; r < row + block; ++r) {
+          const int8_t* signs = &m[r * rows + group.column];
+          terms.push_back({group.entry + combination_index(signs, group.width), static_cast<float>(signs[0])});
+        }
       }
     }
   }

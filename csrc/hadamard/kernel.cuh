@@ -1,8 +1,10 @@
-// What the two CUDA kernels of the Hadamard transform share. y = scale * post o H (pre o x), accumulated in float (double for
-// double), rounded once, at the store. `pre` and `post` are the sign vector before or after the transform, or null.
+// What the two CUDA kernels of the Hadamard transform share. y = scale * post o H (pre o x), accumulated in
+// float (double for double), rounded once, at the store. `pre` and `post` are the sign vector before or after
+// the transform, or null.
 //
-//   kernel_rows.cuh  powers of two up to 2^15 along a contiguous axis: radix-16..64 in registers, or tensor cores and registers
-//   kernel_tile.cuh  everything else: any K * 2^k, any strides, double, and the passes of orders beyond one block
+//   kernel_rows.cuh  powers of two up to 2^15 along a contiguous axis: radix-16..64 in registers, or tensor
+//   cores and registers kernel_tile.cuh  everything else: any K * 2^k, any strides, double, and the passes of
+//   orders beyond one block
 #pragma once
 
 #include "gpu/math.cuh"
@@ -13,7 +15,8 @@ using namespace torchlin::gpu;
 
 inline constexpr int kMaxDims = 6;
 
-// Row r, counted with the first dimension fastest, begins at sum_d index_d * stride[d] in x, in y and in the signs.
+// Row r, counted with the first dimension fastest, begins at sum_d index_d * stride[d] in x, in y and in the
+// signs.
 struct RowMap {
   int ndim;
   int64_t size[kMaxDims], x[kMaxDims], y[kMaxDims], signs[kMaxDims];
@@ -39,16 +42,15 @@ struct Offsets {
 __device__ __forceinline__ Offsets row_offsets(const RowMap& map, int64_t row) {
   if (map.ndim == 1) return {row * map.x[0], row * map.y[0], row * map.signs[0]};
   Offsets o{0, 0, 0};
-#if defined(__CUDACC__)
-#pragma unroll 1
-#endif
+  TORCHLIN_NO_UNROLL
   for (int d = 0; d < map.ndim; ++d) {
     int64_t index = row;
     if (d + 1 < map.ndim) {
       // 64-bit division is an order of magnitude dearer.
-      const int64_t rest = row >> 31 || map.size[d] >> 31 ? row / map.size[d]
-                                                          : static_cast<int64_t>(static_cast<uint32_t>(row) /
-                                                                                 static_cast<uint32_t>(map.size[d]));
+      const int64_t rest =
+          row >> 31 || map.size[d] >> 31
+              ? row / map.size[d]
+              : static_cast<int64_t>(static_cast<uint32_t>(row) / static_cast<uint32_t>(map.size[d]));
       index = row - rest * map.size[d];
       row = rest;
     }

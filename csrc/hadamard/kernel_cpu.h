@@ -5,9 +5,9 @@
 // give the same bits. Three kinds of pass:
 //   base     log2(lanes) stages inside vectors (one shuffle and one FMA by +-1 each), then some across registers,
 //   legs     radix 2..16 across R vectors at a stride,
-//   columns  many stages at a big stride: panels some cache lines wide go through a small scratch, since R lines a large
-//            power of two apart would fall into one L1 set.
-// Rows are blocked for L1 (kBlock); longer ones cross L2 or memory once per up to kColumnBits further stages. Signs, scale
+//   columns  stages at a big stride; more than a few of them in panels that go through a small scratch, since lines a large
+//            power of two apart fall into one L1 set.
+// Rows are blocked for L1 (kBlockBits), then for L2; beyond that they cross memory once per up to kColumnBits stages. Signs, scale
 // and conversion are part of the first load and the last store.
 
 using hadamard::CorePlan;
@@ -18,13 +18,16 @@ using hadamard::Scratch;
 template <class C>
 inline constexpr int kLaneBits = kLanes<C> == 16 ? 4 : kLanes<C> == 8 ? 3 : kLanes<C> == 4 ? 2 : 1;
 inline constexpr int kRadixBits = TORCHLIN_ISA_BYTES == 64 ? 4 : 3;  // registers: 32 or 16
+inline constexpr int kFarRadixBits = 3;  // at big strides: no more legs than an L1 set has ways
 template <class C>
 inline constexpr int kBaseBits = kLaneBits<C> + kRadixBits;
+template <class C>
+inline constexpr int kWholeBits = kLaneBits<C> + 4;  // done as one base: a few spills cost less than a second pass
 template <class C>
 inline constexpr int kBlockBits = sizeof(C) == 8 ? 11 : 12;  // 16 KiB: half of the smallest L1 in use
 inline constexpr int kColumnBits = 8;
 template <class C>
-inline constexpr int kPanelVectors = TORCHLIN_ISA_BYTES == 64 ? 2 : 4;
+inline constexpr int kPanelVectors = TORCHLIN_ISA_BYTES == 64 ? 2 : 4;  // two cache lines
 template <class C>
 inline constexpr int kPanel = kPanelVectors<C> * kLanes<C>;  // lanes of a panel of H_K
 
@@ -58,6 +61,19 @@ TORCHLIN_INLINE V<C> lane_stages(V<C> v) {
   } else {
     return v;
   }
+}
+
+// All stages inside a vector, from memory. The first one of plain floats needs no shuffle: two loads and an FMA.
+template <In kIn, class T, class C>
+TORCHLIN_INLINE V<C> load_lane_stages(const T* p, const C* signs) {
+  constexpr int kAllBits = kLaneBits<C>;
+#if TORCHLIN_ISA_BYTES >= 32
+  if constexpr (kIn == In::raw && std::is_same_v<T, float>) {
+    const V<C> first = lane_signs<C, 0>(std::make_integer_sequence<int, kLanes<C>>{});
+    return lane_stages<C, 1, kAllBits>(load_odd(p) * first + load_even(p));
+  }
+#endif
+  return lane_stages<C, 0, kAllBits>(load_in<kIn>(p, signs));
 }
 
 // log2(R) stages across R registers. On CPUs whose adders and FMA units are different ports, subtracting by an FMA keeps
@@ -96,7 +112,7 @@ void base(const TI* src, int64_t src_step, TO* dst, int64_t dst_step, int64_t co
   for (int64_t i = 0; i < count; ++i, src += src_step, dst += dst_step, signs += sign_step) {
     V<C> v[R];
     unroll<R>([&](int r) __attribute__((always_inline)) {
-      v[r] = lane_stages<C, 0, kLaneBits<C>>(load_in<kIn>(src + r * W, signs + r * W));
+      v[r] = load_lane_stages<kIn>(src + r * W, signs + r * W);
     });
     register_stages<R, C>(v, minus_one);
     unroll<R>([&](int r) __attribute__((always_inline)) { store_out<kOut>(dst + r * W, v[r], scale, signs + r * W); });
@@ -111,8 +127,7 @@ void base_of(int bits, const TI* src, int64_t src_step, TO* dst, int64_t dst_ste
     case 1: return base<2, kIn, kOut>(src, src_step, dst, dst_step, count, signs, sign_step, scale);
     case 2: return base<4, kIn, kOut>(src, src_step, dst, dst_step, count, signs, sign_step, scale);
     case 3: return base<8, kIn, kOut>(src, src_step, dst, dst_step, count, signs, sign_step, scale);
-    case 4:
-      if constexpr (kRadixBits == 4) return base<16, kIn, kOut>(src, src_step, dst, dst_step, count, signs, sign_step, scale);
+    case 4: return base<16, kIn, kOut>(src, src_step, dst, dst_step, count, signs, sign_step, scale);
   }
 }
 
@@ -152,41 +167,41 @@ void packed_of(int bits, const TI* src, TO* dst, int64_t total, const C* signs, 
   }
 }
 
-// ---- legs: a butterfly over R vectors `leg` apart, for `width` (a multiple of the lanes) columns ----
+// ---- legs: butterflies over R vectors a leg apart, for `width` (a multiple of the lanes) columns, `count` times ----
 
-template <int R, Out kOut, class TO, class C>
-TORCHLIN_INLINE void legs(const C* in, int64_t in_leg, TO* out, int64_t out_leg, int64_t width, const C* signs,
-                          int64_t sign_leg, C scale, V<C> minus_one) {
-  for (int64_t c = 0; c < width; c += kLanes<C>) {
-    V<C> v[R];
-    unroll<R>([&](int r) __attribute__((always_inline)) { v[r] = load(in + r * in_leg + c); });
-    register_stages<R, C>(v, minus_one);
-    unroll<R>([&](int r) __attribute__((always_inline)) {
-      store_out<kOut>(out + r * out_leg + c, v[r], scale, signs + r * sign_leg + c);
-    });
-  }
-}
-
-// `groups` butterflies, each over `per_group` neighbouring sets of R rows; steps say how far rows and groups are apart.
 template <class TO, class C>
 struct Legs {
   const C* in;
-  int64_t in_leg, in_next, in_group;
+  int64_t in_leg, in_next;
   TO* out;
-  int64_t out_leg, out_next, out_group;
-  int64_t groups, per_group, width;
+  int64_t out_leg, out_next;
+  int64_t count, width;
   const C* signs = nullptr;  // Out::with_signs only; laid out as `out`
   C scale = 1;
 };
 
+// One loop, without a branch between a row of columns and the next: rows are often four to eight vectors short, and
+// leaving so short a loop is mispredicted each time.
 template <int R, Out kOut, class TO, class C>
 void run_legs(const Legs<TO, C>& p) {
+  constexpr int W = kLanes<C>;
   const V<C> minus_one = opaque_minus_one<C>();
-  for (int64_t g = 0; g < p.groups; ++g) {
-    for (int64_t j = 0; j < p.per_group; ++j) {
-      const int64_t in = g * p.in_group + j * p.in_next, out = g * p.out_group + j * p.out_next;
-      legs<R, kOut>(p.in + in, p.in_leg, p.out + out, p.out_leg, p.width, p.signs + out, p.out_leg, p.scale, minus_one);
-    }
+  const C *in = p.in, *signs = p.signs;
+  TO* out = p.out;
+  const int64_t in_leg = p.in_leg, out_leg = p.out_leg, width = p.width;
+  const int64_t in_skip = p.in_next - width, out_skip = p.out_next - width;
+  int64_t column = 0;
+  for (int64_t i = p.count * width / W; i > 0; --i) {
+    V<C> v[R];
+    unroll<R>([&](int r) __attribute__((always_inline)) { v[r] = load(in + r * in_leg); });
+    register_stages<R, C>(v, minus_one);
+    unroll<R>([&](int r) __attribute__((always_inline)) { store_out<kOut>(out + r * out_leg, v[r], p.scale, signs + r * out_leg); });
+    column += W;
+    const int64_t wrap = -static_cast<int64_t>(column == width);
+    column &= ~wrap;
+    in += W + (in_skip & wrap);
+    out += W + (out_skip & wrap);
+    if constexpr (kOut == Out::with_signs) signs += W + (out_skip & wrap);
   }
 }
 
@@ -196,8 +211,7 @@ void run_legs_of(int bits, const Legs<TO, C>& p) {
     case 1: return run_legs<2, kOut>(p);
     case 2: return run_legs<4, kOut>(p);
     case 3: return run_legs<8, kOut>(p);
-    case 4:
-      if constexpr (kRadixBits == 4) return run_legs<16, kOut>(p);
+    case 4: return run_legs<16, kOut>(p);
   }
 }
 
@@ -207,19 +221,20 @@ inline int next_radix(int bits) {
   return (bits + passes - 1) / passes;
 }
 
-// Stages over an array of 2^bits rows of `row` elements, x[2^bits][row], the last pass into `out` of the same layout.
+// Stages over x[copies][2^bits][row], the last pass into `out` of the same layout.
 template <Out kOut, class TO, class C>
-void stages(C* x, TO* out, int64_t row, int bits, const C* signs, C scale) {
-  int64_t leg = row, groups = int64_t{1} << bits;
+void stages(C* x, TO* out, int64_t row, int bits, const C* signs, C scale, int64_t copies = 1) {
+  int64_t leg = row, groups = copies << bits;
   while (bits > 0) {
-    const int take = next_radix(bits);
+    // Sixteen legs spill on 16 registers, and fall into one L1 set at big strides; near by they still beat a second pass.
+    const int take = bits == 4 && leg * sizeof(C) <= 1024 ? 4 : next_radix(bits);
     bits -= take;
     groups >>= take;
     const int64_t group = leg << take;
     if (bits > 0) {
-      run_legs_of<Out::raw>(take, Legs<C, C>{x, leg, 0, group, x, leg, 0, group, groups, 1, leg});
+      run_legs_of<Out::raw>(take, Legs<C, C>{x, leg, group, x, leg, group, groups, leg});
     } else {
-      run_legs_of<kOut>(take, Legs<TO, C>{x, leg, 0, group, out, leg, 0, group, groups, 1, leg, signs, scale});
+      run_legs_of<kOut>(take, Legs<TO, C>{x, leg, group, out, leg, group, groups, leg, signs, scale});
     }
     leg = group;
   }
@@ -229,42 +244,44 @@ void stages(C* x, TO* out, int64_t row, int bits, const C* signs, C scale) {
 
 template <Out kOut, class TO, class C>
 void columns(const C* x, TO* out, int64_t leg, int bits, int64_t begin, int64_t end, const C* signs, C scale) {
-  if (bits <= kRadixBits) {
+  if (bits <= kFarRadixBits) {
     return run_legs_of<kOut>(
-        bits, Legs<TO, C>{x + begin, leg, 0, 0, out + begin, leg, 0, 0, 1, 1, end - begin, signs + begin, scale});
+        bits, Legs<TO, C>{x + begin, leg, 0, out + begin, leg, 0, 1, end - begin, signs + begin, scale});
   }
-  constexpr int64_t kWidth = 256 / sizeof(C);
-  const int64_t rows = int64_t{1} << bits;
-  C* panel = Scratch::get<C>(Scratch::kPanel, rows * kWidth);
-  const int first = next_radix(bits);
-  const int last = next_radix(bits - first) == bits - first ? bits - first : next_radix(bits - first);
+  // Wide enough to be worth the strides, in L1 if possible.
+  const int64_t rows = int64_t{1} << bits, width = std::max<int64_t>((int64_t{1} << kBlockBits<C>) >> bits, 256 / sizeof(C));
+  C* panel = Scratch::get<C>(Scratch::kPanel, rows * width);
+  const int passes = std::max(2, (bits + kRadixBits - 1) / kRadixBits);
+  const int first = (bits + passes - 1) / passes, last = (bits - first + passes - 2) / (passes - 1);
   const int middle = bits - first - last;
-  for (int64_t c = begin; c < end; c += kWidth) {
-    const int64_t w = std::min(kWidth, end - c), r = int64_t{1} << first;
-    run_legs_of<Out::raw>(first, Legs<C, C>{x + c, leg, 0, leg * r, panel, w, 0, w * r, rows >> first, 1, w});
+  for (int64_t c = begin; c < end; c += width) {
+    const int64_t w = std::min(width, end - c), r = int64_t{1} << first;
+    run_legs_of<Out::raw>(first, Legs<C, C>{x + c, leg, leg * r, panel, w, w * r, rows >> first, w});
     if (middle > 0) {
       const int64_t done = w << first;
-      run_legs_of<Out::raw>(middle, Legs<C, C>{panel, done, 0, done << middle, panel, done, 0, done << middle,
-                                               rows >> (first + middle), 1, done});
+      run_legs_of<Out::raw>(middle, Legs<C, C>{panel, done, done << middle, panel, done, done << middle,
+                                               rows >> (first + middle), done});
     }
     const int64_t sets = rows >> last;
-    run_legs_of<kOut>(last, Legs<TO, C>{panel, w * sets, w, 0, out + c, leg * sets, leg, 0, 1, sets, w, signs + c, scale});
+    run_legs_of<kOut>(last, Legs<TO, C>{panel, w * sets, w, out + c, leg * sets, leg, sets, w, signs + c, scale});
   }
 }
 
 // ---- one contiguous power of two ----
 
-inline int column_bits(int bits, int block_bits) {
-  const int above = bits - block_bits;
-  const int levels = (above + kColumnBits - 1) / kColumnBits;
-  return (above + levels - 1) / levels;
+// How many of the highest stages are done across blocks: one pass at a time while L2 holds the row, beyond that as many as
+// a panel takes, for fewer trips to memory.
+template <class C>
+int column_bits(int bits) {
+  constexpr int kL2Bits = kBlockBits<C> + 6;  // 1 MiB
+  return bits <= kL2Bits ? kFarRadixBits : std::min(kColumnBits, bits - kBlockBits<C> - 2);
 }
 
 // All stages of 2^bits elements, unscaled, into compute-type memory (src may be that memory).
 template <In kIn, class T, class C>
 void lower(const T* src, C* work, int bits, const C* signs) {
   constexpr int kBase = kBaseBits<C>;
-  if (bits < kBase) {
+  if (bits <= kWholeBits<C>) {
     if (bits < kLaneBits<C>) return packed_of<kIn, Out::raw>(bits, src, work, int64_t{1} << bits, signs, true, C(1));
     return base_of<kIn, Out::raw>(bits, src, 0, work, 0, 1, signs, 0, C(1));
   }
@@ -273,7 +290,7 @@ void lower(const T* src, C* work, int bits, const C* signs) {
     base<1 << kRadixBits, kIn, Out::raw>(src, n, work, n, int64_t{1} << (bits - kBase), signs, kIn == In::raw ? 0 : n, C(1));
     return stages<Out::raw>(work, work, n, bits - kBase, static_cast<const C*>(nullptr), C(1));
   }
-  const int above = column_bits(bits, kBlockBits<C>);
+  const int above = column_bits<C>(bits);
   const int64_t leg = int64_t{1} << (bits - above);
   for (int64_t b = 0; b < (int64_t{1} << above); ++b) {
     lower<kIn>(src + b * leg, work + b * leg, bits - above, kIn == In::raw ? signs : signs + b * leg);
@@ -362,64 +379,88 @@ void make_tables(const CorePlan& plan, const CorePlan::Chunk& chunk, const C* x,
   }
 }
 
-template <int NV, class C>
-TORCHLIN_INLINE void add_terms(V<C>* sum, const CorePlan::Term* terms, int32_t count, const C* table) {
-  constexpr int W = kLanes<C>;
-  for (int32_t t = 0; t < count; ++t) {
-    const C* entry = table + static_cast<int64_t>(terms[t].entry) * (NV * W);
-    const V<C> sign = splat<C>(terms[t].sign);
-    unroll<NV>([&](int q) __attribute__((always_inline)) { sum[q] = load(entry + q * W) * sign + sum[q]; });
+// One chunk: slot r of vector q of `to` (to[q] + r * leg) becomes what it was in `sums`, or nothing yet if first, plus the
+// row's terms, times scale. Loops over a handful of terms would be left by a mispredicted branch each time, hence kGroups;
+// a few rows side by side, or every addition would wait for the one before.
+template <int kGroups, bool Paired, int NV, class C>
+void core_rows_of(const CorePlan& plan, const CorePlan::Chunk& chunk, bool first, const C* x, int64_t pitch, const C* sums,
+                  C* const* to, int64_t leg, C scale, const C* table, int64_t second_half) {
+  constexpr int W = kLanes<C>, kCols = NV * W, kSlots = CorePlan::kSlotBlock, kRows = Paired ? kSlots / 2 : kSlots;
+  const CorePlan::Term* terms = plan.terms.data() + chunk.first_term;
+  for (int32_t slot = 0; slot < plan.K; slot += kSlots, terms += kGroups * kRows) {
+    V<C> y[kSlots][NV];
+    unroll<kSlots>([&](int r) __attribute__((always_inline)) {
+      unroll<NV>([&](int q) __attribute__((always_inline)) {
+        if (!first) {
+          y[r][q] = load(sums + (slot + r) * kCols + q * W);
+        } else if constexpr (Paired) {
+          y[r][q] = load(x + (slot + (r ^ 1)) * pitch + q * W) * C(plan.extras[(slot + r) / 2]);
+        } else {
+          y[r][q] = V<C>{};
+        }
+      });
+    });
+    unroll<kGroups>([&](int g) __attribute__((always_inline)) {
+      unroll<kRows>([&](int r) __attribute__((always_inline)) {
+        const CorePlan::Term term = terms[g * kRows + r];
+        const C* entry = table + static_cast<int64_t>(term.entry) * kCols;
+        const V<C> sign = splat<C>(term.sign);
+        unroll<NV>([&](int q) __attribute__((always_inline)) {
+          if constexpr (Paired) {
+            y[2 * r][q] = load(entry + q * W) * sign + y[2 * r][q];
+            y[2 * r + 1][q] = load(entry + second_half + q * W) * sign + y[2 * r + 1][q];
+          } else {
+            y[r][q] = load(entry + q * W) * sign + y[r][q];
+          }
+        });
+      });
+    });
+    unroll<kSlots>([&](int r) __attribute__((always_inline)) {
+      unroll<NV>([&](int q) __attribute__((always_inline)) { store(to[q] + (slot + r) * leg, y[r][q] * scale); });
+    });
   }
 }
 
-// y = scale * H_K x (* signs) for NV vectors of columns; slot j of vector q is x + j * pitch + q * lanes and goes to
-// out[q] + j * leg. Every x is read before the first y is written, except, when paired, those of the same pair: in place is fine.
+template <bool Paired, int NV, class C>
+constexpr auto core_rows_table() {
+  return std::array{&core_rows_of<1, Paired, NV, C>, &core_rows_of<2, Paired, NV, C>, &core_rows_of<3, Paired, NV, C>,
+                    &core_rows_of<4, Paired, NV, C>, &core_rows_of<5, Paired, NV, C>, &core_rows_of<6, Paired, NV, C>,
+                    &core_rows_of<7, Paired, NV, C>, &core_rows_of<8, Paired, NV, C>};
+}
+
+// y = scale * H_K x (* signs) for NV vectors of columns: slot j of vector q is x + j * pitch + q * lanes, and goes to
+// out[q] + j * leg. A slot of x is read before any of y is written, or, when paired, at the latest with its own pair:
+// working in place is fine.
 template <int NV, bool Paired, Out kOut, class T, class C>
 void apply_core(const CorePlan& plan, const C* x, int64_t pitch, T* const* out, int64_t leg, const C* const* signs, C scale) {
+  static constexpr auto kRows = core_rows_table<Paired, NV, C>();
+  static_assert(kRows.size() == CorePlan::kChunkGroups);
   constexpr int W = kLanes<C>, kCols = NV * W;
+  constexpr bool kDirect = std::is_same_v<T, C> && kOut != Out::with_signs;  // else the last sums are converted in a pass
   const int64_t second_half = Paired ? int64_t{plan.max_entries} * kCols : 0;
   C* table = Scratch::get<C>(Scratch::kTable, int64_t{plan.max_entries} * kCols * (Paired ? 2 : 1));
-  C* sums = plan.chunks.size() > 1 ? Scratch::get<C>(Scratch::kSums, int64_t{plan.K} * kCols) : nullptr;
-  const int last_chunk = static_cast<int>(plan.chunks.size()) - 1;
-  for (int c = 0; c <= last_chunk; ++c) {
+  const size_t last = plan.chunks.size() - 1;
+  C* sums = last > 0 || !kDirect ? Scratch::get<C>(Scratch::kSums, int64_t{plan.K} * kCols) : nullptr;
+  C* partial[NV];
+  for (int q = 0; q < NV; ++q) partial[q] = sums + q * W;
+  for (size_t c = 0; c <= last; ++c) {
     const CorePlan::Chunk& chunk = plan.chunks[c];
     make_tables<Paired, NV>(plan, chunk, x, pitch, table, second_half);
-    const CorePlan::Term* terms = plan.terms.data() + chunk.first_term;
-    const auto finish = [&](int32_t slot, const V<C>* sum) __attribute__((always_inline)) {
-      unroll<NV>([&](int q) __attribute__((always_inline)) {
-        if (c < last_chunk) {
-          store(sums + slot * kCols + q * W, sum[q]);
-        } else {
-          store_out<kOut>(out[q] + slot * leg, sum[q], scale, kOut == Out::with_signs ? signs[q] + slot * leg : nullptr);
-        }
-      });
-    };
-    for (int32_t row = 0; row < plan.rows; ++row, terms += chunk.groups) {
-      if constexpr (Paired) {
-        const CorePlan::Extra extra = plan.extras[row];
-        V<C> y0[NV], y1[NV];
-        unroll<NV>([&](int q) __attribute__((always_inline)) {
-          if (c == 0) {
-            const C* pair = x + 2 * extra.column * pitch + q * W;
-            y0[q] = load(pair + pitch) * C(extra.coefficient);
-            y1[q] = load(pair) * C(extra.coefficient);
-          } else {
-            y0[q] = load(sums + 2 * row * kCols + q * W);
-            y1[q] = load(sums + (2 * row + 1) * kCols + q * W);
-          }
-        });
-        add_terms<NV, C>(y0, terms, chunk.groups, table);
-        add_terms<NV, C>(y1, terms, chunk.groups, table + second_half);
-        finish(2 * row, y0);
-        finish(2 * row + 1, y1);
-      } else {
-        V<C> y[NV];
-        unroll<NV>([&](int q) __attribute__((always_inline)) {
-          y[q] = c == 0 ? V<C>{} : load(sums + row * kCols + q * W);
-        });
-        add_terms<NV, C>(y, terms, chunk.groups, table);
-        finish(row, y);
+    const auto rows = kRows[chunk.groups - 1];
+    if constexpr (kDirect) {
+      if (c == last) {
+        rows(plan, chunk, c == 0, x, pitch, sums, out, leg, kOut == Out::scaled ? scale : C(1), table, second_half);
+        continue;
       }
+    }
+    rows(plan, chunk, c == 0, x, pitch, sums, partial, kCols, C(1), table, second_half);
+  }
+  if constexpr (!kDirect) {
+    for (int32_t slot = 0; slot < plan.K; ++slot) {
+      unroll<NV>([&](int q) __attribute__((always_inline)) {
+        store_out<kOut>(out[q] + slot * leg, load(sums + slot * kCols + q * W), scale,
+                        kOut == Out::with_signs ? signs[q] + slot * leg : nullptr);
+      });
     }
   }
 }
@@ -465,7 +506,7 @@ Split split_row(const Job& job) {
   const int64_t part = job.order / (job.core ? job.core->K : 1);
   if (job.core) return part >= kPanel<C> ? Split{job.core->K, part} : Split{};
   if (job.log2 <= kBlockBits<C>) return {};
-  const int above = column_bits(job.log2, kBlockBits<C>);
+  const int above = column_bits<C>(job.log2);
   return {int64_t{1} << above, job.order >> above};
 }
 
@@ -617,25 +658,32 @@ void contiguous_rows(const Job& job, const T* src, int64_t src_step, T* dst, int
     if (last) return packed_of<In::raw, Out::with_signs>(job.log2, src, dst, count * n, s, signs_run, scale);
     return packed_of<In::raw, Out::scaled>(job.log2, src, dst, count * n, s, signs_run, scale);
   }
-  if (job.log2 <= kBase) {
+  if (job.log2 <= kWholeBits<C>) {
     if (first) return base_of<In::with_signs, Out::scaled>(job.log2, src, src_step, dst, dst_step, count, signs, sign_step, scale);
     if (last) return base_of<In::raw, Out::with_signs>(job.log2, src, src_step, dst, dst_step, count, signs, sign_step, scale);
     return base_of<In::raw, Out::scaled>(job.log2, src, src_step, dst, dst_step, count, signs, sign_step, scale);
   }
-  C* work = work_row<T, C>(nullptr, n);
+  // Rows that touch go through each pass together, as many as fit a block: every loop left costs a mispredicted branch.
+  const bool touch = src_step == n && dst_step == n && (signs == nullptr || sign_step == n);
+  const int64_t together = touch ? std::min(count, std::max<int64_t>(1, (int64_t{1} << kBlockBits<C>) / n)) : 1;
+  C* work = work_row<T, C>(nullptr, together * n);
   constexpr int64_t b = int64_t{1} << kBase;
-  for (int64_t r = 0; r < count; ++r, src += src_step, dst += dst_step, signs += sign_step) {
+  for (int64_t r = 0; r < count; r += together) {
+    const int64_t rows = std::min(together, count - r);
     if constexpr (std::is_same_v<T, C>) work = dst;
     if (first) {
-      base<1 << kRadixBits, In::with_signs, Out::raw>(src, b, work, b, n / b, signs, b, scale);
+      base<1 << kRadixBits, In::with_signs, Out::raw>(src, b, work, b, rows * n / b, signs, b, scale);
     } else {
-      base<1 << kRadixBits, In::raw, Out::raw>(src, b, work, b, n / b, signs, 0, scale);
+      base<1 << kRadixBits, In::raw, Out::raw>(src, b, work, b, rows * n / b, signs, 0, scale);
     }
     if (last) {
-      stages<Out::with_signs>(work, dst, b, job.log2 - kBase, signs, scale);
+      stages<Out::with_signs>(work, dst, b, job.log2 - kBase, signs, scale, rows);
     } else {
-      stages<Out::scaled>(work, dst, b, job.log2 - kBase, signs, scale);
+      stages<Out::scaled>(work, dst, b, job.log2 - kBase, signs, scale, rows);
     }
+    src += rows * src_step;
+    dst += rows * dst_step;
+    if (signs != nullptr) signs += rows * sign_step;
   }
 }
 

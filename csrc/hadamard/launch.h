@@ -1,4 +1,5 @@
-// Which kernels a transform launches, with what grid and shared memory: free of torch, so that the tests plan as op.cu does.
+// Which kernels a transform launches, with what grid and shared memory: free of torch, so that the tests plan
+// as op.cu does.
 #pragma once
 
 #include <algorithm>
@@ -39,15 +40,15 @@ struct Axis {
 };
 
 struct Step {
-  bool by_rows;                // fwht_rows, else fwht_tile
+  bool by_rows;  // fwht_rows, else fwht_tile
   bool mma, prefetch;
-  int log_order;               // of fwht_rows
+  int log_order;  // of fwht_rows
   Type from_type, to_type;
   Buffer from, to;
   int64_t from_offset, to_offset, sign_offset;  // elements
   bool has_pre, has_post, last;
-  Operands<float> rows;        // by_rows: everything but the pointers and the scale
-  TileOperands<float> tile;    // else; the same fields serve double
+  Operands<float> rows;      // by_rows: everything but the pointers and the scale
+  TileOperands<float> tile;  // else; the same fields serve double
   unsigned grid;
   int threads;
   size_t shared_bytes;
@@ -68,9 +69,9 @@ inline int log2_floor(int64_t v) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // f(RowsPlan{}) for run-time arguments. 16-bit types: W = 3, with or without mma; float: W = 2.
-template <int W, bool Mma, class F, int L = Mma ? 4 : 0>
+template <int W, bool Mma, class F, int L = Mma ? kMinMmaBits : 0>
 void with_rows_plan(int log_order, F&& f) {
-  if constexpr (L <= (Mma ? 10 : kMaxRowBits)) {
+  if constexpr (L <= kMaxRowBits) {
     if (log_order == L) return f(RowsPlan<L, W, Mma>{});
     with_rows_plan<W, Mma, F, L + 1>(log_order, std::forward<F>(f));
   } else {
@@ -95,7 +96,9 @@ inline std::vector<Axis> merge(std::vector<Axis> axes) {
   return out;
 }
 
-inline int64_t stride_in(const Axis& a, Buffer b) { return b == Buffer::x ? a.x : b == Buffer::y ? a.y : a.w; }
+inline int64_t stride_in(const Axis& a, Buffer b) {
+  return b == Buffer::x ? a.x : b == Buffer::y ? a.y : a.w;
+}
 
 }  // namespace detail
 
@@ -117,7 +120,8 @@ class Planner {
     const auto held = static_cast<int64_t>(accumulator_bytes());
     // A strided axis is read by columns: fewer than 8 side by side would waste most of every memory sector.
     const bool by_columns = axis.x != 1 && axis.y != 1 &&
-                            std::any_of(batch.begin(), batch.end(), [](const Axis& a) { return a.size >= 8 && a.x == 1 && a.y == 1; });
+                            std::any_of(batch.begin(), batch.end(),
+                                        [](const Axis& a) { return a.size >= 8 && a.x == 1 && a.y == 1; });
     const int64_t wanted = n * held * (by_columns && log_n2 > 0 && n > kColumnOrder ? 8 : 1);
     const bool one_block = static_cast<size_t>(wanted) + 128 + table_bytes(t.K) <= device.shared_per_block;
     if (one_block || by_rows(axis, log_n2, t.K == 1 ? 1 : 0, false)) {
@@ -195,16 +199,16 @@ class Planner {
   }
 
   // One pass of `axis` = K * 2^log_n2 over all `others`.
-  void add(const Axis& axis, int64_t K, int log_n2, std::vector<Axis> others, Buffer from, Buffer to, bool first, bool last) {
+  void add(const Axis& axis, int64_t K, int log_n2, std::vector<Axis> others, Buffer from, Buffer to,
+           bool first, bool last) {
     using detail::stride_in;
     const auto effective = [&](const Axis& a) {
       return Axis{a.size, stride_in(a, from), stride_in(a, to), 0, a.signs};
     };
     const Axis ax = effective(axis);
     for (Axis& a : others) a = effective(a);
-    std::stable_sort(others.begin(), others.end(), [](const Axis& a, const Axis& b) {
-      return std::max(a.x, a.y) < std::max(b.x, b.y);
-    });
+    std::stable_sort(others.begin(), others.end(),
+                     [](const Axis& a, const Axis& b) { return std::max(a.x, a.y) < std::max(b.x, b.y); });
     others = detail::merge(others);
 
     Step s{};
@@ -239,11 +243,13 @@ class Planner {
     map.ndim = static_cast<int>(others.size());
     int64_t rows = 1;
     for (int d = 0; d < map.ndim; ++d) {
-      map.size[d] = others[d].size, map.x[d] = others[d].x, map.y[d] = others[d].y, map.signs[d] = others[d].signs;
+      map.size[d] = others[d].size, map.x[d] = others[d].x, map.y[d] = others[d].y,
+      map.signs[d] = others[d].signs;
       rows *= others[d].size;
     }
     // Vectors that cross rows take them to lie a fixed stride apart.
-    if (map.ndim > 1 && (int64_t{1} << log_n2) < kVectorBytes / static_cast<int64_t>(size_of(s.from_type))) s.by_rows = false;
+    if (map.ndim > 1 && (int64_t{1} << log_n2) < kVectorBytes / static_cast<int64_t>(size_of(s.from_type)))
+      s.by_rows = false;
     Operands<float> op{};
     op.rows = rows, op.map = map;
     op.x_stride = ax.x, op.y_stride = ax.y, op.sign_stride = ax.signs;
@@ -259,30 +265,34 @@ class Planner {
       if (address % kVectorBytes || axis_stride != 1) return false;
       if (run >= vector) return strides_allow(vector, stride);
       // A vector across several rows: they must follow one another without a gap.
-      return s.by_rows && others.size() == 1 && (others[0].size == 1 || stride(others[0]) == run) && outer.empty();
+      return s.by_rows && others.size() == 1 && (others[0].size == 1 || stride(others[0]) == run) &&
+             outer.empty();
     };
     op.x_vector = vectors(from, s.from_type, ax.x, [](const Axis& a) { return a.x; });
     op.y_vector = vectors(to, s.to_type, ax.y, [](const Axis& a) { return a.y; });
-    op.sign_vector = t_.signs % kVectorBytes == 0 && run >= 4 && strides_allow(4, [](const Axis& a) { return a.signs; });
+    op.sign_vector =
+        t_.signs % kVectorBytes == 0 && run >= 4 && strides_allow(4, [](const Axis& a) { return a.signs; });
 
     if (columns.size > 1) op.x_vector = op.y_vector = false;
 
     if (s.by_rows) {
       s.rows = op;
       s.log_order = log_n2;
-      s.mma = is_16_bit(s.from_type) && is_16_bit(s.to_type) && !s.has_pre && log_n2 >= 4 && log_n2 <= 10;
+      s.mma = is_16_bit(s.from_type) && is_16_bit(s.to_type) && !s.has_pre && log_n2 >= kMinMmaBits;
       const auto shape = [&](auto plan) {
         using P = decltype(plan);
         const int64_t tiles = detail::ceil_div(rows, int64_t{P::kGroups} << P::kRowBits);
         s.threads = P::kThreads;
         s.shared_bytes = P::kExchangeBytes;
         s.grid = static_cast<unsigned>(std::min<int64_t>(tiles, kMaxGrid));
-        s.prefetch = P::kCanPrefetch && op.x_vector && is_16_bit(s.from_type) &&
-                     s.shared_bytes + P::kPrefetchBytes <= device_.shared_per_block && tiles > device_.multiprocessors;
+        s.prefetch = P::kCanPrefetch && op.x_vector &&
+                     s.shared_bytes + P::kPrefetchBytes <= device_.shared_per_block &&
+                     tiles > device_.multiprocessors * P::kMinBlocks;
         if (s.prefetch) {
           s.shared_bytes += P::kPrefetchBytes;
           const int64_t resident = std::max<int64_t>(1, device_.shared_per_block / (s.shared_bytes + 1024));
-          s.grid = static_cast<unsigned>(std::min<int64_t>(tiles, device_.multiprocessors * std::min<int64_t>(resident, 2)));
+          s.grid =
+              static_cast<unsigned>(device_.multiprocessors * std::min<int64_t>(resident, P::kMinBlocks));
         }
       };
       if (!is_16_bit(s.to_type) || widened) detail::with_rows_plan<2, false>(log_n2, shape);
@@ -298,8 +308,10 @@ class Planner {
       const auto fits = [&](int extra_bits) {
         return (static_cast<size_t>(ax.size) * held << extra_bits) + 128 + table <= device_.shared_per_block;
       };
-      if (!fits(0)) throw std::invalid_argument("torchlin: this order does not fit the device's shared memory");
-      // 32 columns are a full line for 32-bit types and leave a block enough to do; short rows are put together.
+      if (!fits(0))
+        throw std::invalid_argument("torchlin: this order does not fit the device's shared memory");
+      // 32 columns are a full line for 32-bit types and leave a block enough to do; short rows are put
+      // together.
       int bits = 0;
       if (columns.size > 1) {
         const int wanted = std::min(5, detail::log2_floor(columns.size - 1) + 1);
@@ -307,18 +319,20 @@ class Planner {
         p.log_columns = bits;
       } else {
         const int wanted = rows > 1 ? detail::log2_floor(rows - 1) + 1 : 0;
-        while (bits < wanted && fits(bits + 1) && ((ax.size << bits) < kTileElements || (run << bits) < 64)) ++bits;
+        while (bits < wanted && fits(bits + 1) && ((ax.size << bits) < kTileElements || (run << bits) < 64))
+          ++bits;
         p.log_rows = bits;
       }
-      s.mma = K > 1 && t_.type != Type::f64 && s.from_type == s.to_type && op.x_vector && run >= 8 && columns.size == 1 &&
-              (run << p.log_rows) >= 64;
+      s.mma = K > 1 && t_.type != Type::f64 && s.from_type == s.to_type && op.x_vector && run >= 8 &&
+              columns.size == 1 && (run << p.log_rows) >= 64;
       s.threads = kTileThreads;
       s.shared_bytes = (static_cast<size_t>(ax.size) * held << bits) + 128 + table;
       const int64_t tiles = detail::ceil_div(rows, int64_t{1} << p.log_rows) *
                             detail::ceil_div(columns.size, int64_t{1} << p.log_columns);
       // The bits of H_K are packed once a block: with K > 1 blocks stay and take several tiles.
       const int64_t resident = std::clamp<int64_t>(device_.shared_per_block / (s.shared_bytes + 1024), 1, 8);
-      s.grid = static_cast<unsigned>(std::min<int64_t>(tiles, K > 1 ? device_.multiprocessors * resident : kMaxGrid));
+      s.grid = static_cast<unsigned>(
+          std::min<int64_t>(tiles, K > 1 ? device_.multiprocessors * resident : kMaxGrid));
     }
 
     std::vector<int64_t> index(outer.size(), 0);
@@ -359,7 +373,9 @@ namespace detail {
 template <class A>
 Operands<A> bind(const Operands<float>& from, const Step& s, const Pointers& at) {
   const auto buffer = [&](Buffer b) -> char* {
-    return static_cast<char*>(b == Buffer::x ? const_cast<void*>(at.x) : b == Buffer::y ? at.y : at.workspace);
+    return static_cast<char*>(b == Buffer::x   ? const_cast<void*>(at.x)
+                              : b == Buffer::y ? at.y
+                                               : at.workspace);
   };
   Operands<A> op{};
   op.x = buffer(s.from) + s.from_offset * static_cast<int64_t>(size_of(s.from_type));
@@ -430,7 +446,8 @@ void run_step(const Step& s, const Pointers& at, Launcher&& launch) {
 
 }  // namespace detail
 
-// Runs a plan for element type T: launch(kernel, grid, threads, shared bytes, kernel arguments...) once a step.
+// Runs a plan for element type T: launch(kernel, grid, threads, shared bytes, kernel arguments...) once a
+// step.
 template <class T, class Launcher>
 void run_plan(const Plan& plan, const Pointers& at, Launcher&& launch) {
   for (const Step& s : plan.steps) detail::run_step<T>(s, at, launch);

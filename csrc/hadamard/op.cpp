@@ -1,5 +1,6 @@
 // The Hadamard transform's raw ops: schemas, and the CPU kernel's geometry, threads and choice of level.
 #include <array>
+#include <cmath>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -157,6 +158,17 @@ Tensor hadamard_fwd(const Tensor& x, double scale, int64_t dim, int64_t order, c
   return out;
 }
 
+// The plainest call: all of the last dimension, a power of two. Every argument that a schema has costs each call time, which
+// is most of a small tensor's.
+Tensor hadamard_last(const Tensor& x, std::optional<double> scale) {
+  const auto sizes = x.sizes();
+  TORCHLIN_CHECK(sizes.size() > 0, "hadamard: x has no dimension");
+  const int64_t n = sizes[sizes.size() - 1];
+  Tensor out = empty_like(x);
+  transform(x, scale ? *scale : 1 / std::sqrt(static_cast<double>(n)), static_cast<int64_t>(sizes.size()) - 1, n, {}, {}, false, out);
+  return out;
+}
+
 void hadamard_out(const Tensor& x, double scale, int64_t dim, int64_t order, const std::optional<Tensor>& signs,
                   const std::optional<Tensor>& had_k, bool transpose, Tensor out) {
   transform(x, scale, dim, order, signs, had_k, transpose, out);
@@ -167,6 +179,7 @@ void hadamard_out(const Tensor& x, double scale, int64_t dim, int64_t order, con
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchlin, m) {
   m.def("_hadamard_fwd(Tensor x, float scale, int dim, int order, Tensor? signs, Tensor? had_k, bool transpose) -> Tensor");
+  m.def("_hadamard_last(Tensor x, float? scale=None) -> Tensor");
   m.def(
       "_hadamard_out(Tensor x, float scale, int dim, int order, Tensor? signs, Tensor? had_k, bool transpose, Tensor(a!) out) "
       "-> ()");
@@ -174,5 +187,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchlin, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(torchlin, CPU, m) {
   TORCHLIN_IMPL(m, "_hadamard_fwd", torchlin::hadamard_fwd);
+  TORCHLIN_IMPL(m, "_hadamard_last", torchlin::hadamard_last);
   TORCHLIN_IMPL(m, "_hadamard_out", torchlin::hadamard_out);
 }

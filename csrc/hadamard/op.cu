@@ -50,7 +50,8 @@ void run(const Tensor& x, double scale, int64_t dim, int64_t order, const std::o
       static_cast<size_t>(gpu::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device))};
   const hadamard::Plan plan = hadamard::make_plan(t, properties);
 
-  // Freed on return, when the kernels may not have run: the caching allocator hands it out again in stream order only.
+  // Freed on return, when the kernels may not have run: the caching allocator hands it out again in stream
+  // order only.
   std::optional<Tensor> workspace;
   if (plan.workspace_elements > 0) {
     const int64_t stride = 1;
@@ -70,16 +71,17 @@ void run(const Tensor& x, double scale, int64_t dim, int64_t order, const std::o
   });
 }
 
-Tensor hadamard_fwd(const Tensor& x, double scale, int64_t dim, int64_t order, const std::optional<Tensor>& signs,
-                    const std::optional<Tensor>& had_k, bool transpose) {
+Tensor hadamard_fwd(const Tensor& x, double scale, int64_t dim, int64_t order,
+                    const std::optional<Tensor>& signs, const std::optional<Tensor>& had_k, bool transpose) {
   const DeviceGuard guard(x.get_device_index());
   Tensor out = empty_like(x);
   run(x, scale, dim, order, signs, had_k, transpose, out);
   return out;
 }
 
-void hadamard_out(const Tensor& x, double scale, int64_t dim, int64_t order, const std::optional<Tensor>& signs,
-                  const std::optional<Tensor>& had_k, bool transpose, Tensor out) {
+void hadamard_out(const Tensor& x, double scale, int64_t dim, int64_t order,
+                  const std::optional<Tensor>& signs, const std::optional<Tensor>& had_k, bool transpose,
+                  Tensor out) {
   run(x, scale, dim, order, signs, had_k, transpose, out);
 }
 

@@ -6,6 +6,7 @@
 // Everything else must be included before: what is included inside a level would be compiled for that level, and an inline
 // function shared with other files could then reach a CPU that lacks it. So this file includes all that simd.h needs first.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

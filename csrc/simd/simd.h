@@ -29,7 +29,7 @@ TORCHLIN_INLINE void unroll(F&& f) {
 
 template <class C>
 TORCHLIN_INLINE V<C> splat(C x) {
-  return V<C>{} + x;
+  return x - V<C>{};  // not +: that would have to turn -0 into 0
 }
 
 // Hides a value from the optimiser, which would otherwise turn a multiplication by a known +-1 back into an addition.
@@ -46,11 +46,12 @@ TORCHLIN_INLINE void opaque(Vec& v) {
 
 template <int Mask, class C, int... I>
 TORCHLIN_INLINE V<C> shuffle_xor_lanes(V<C> v, std::integer_sequence<int, I...>) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(v, v, (I ^ Mask)...);
-#else
   using Index = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
-  return __builtin_shuffle(v, V<Index>{(I ^ Mask)...});
+#if defined(__clang__) || __GNUC__ >= 12
+  // On integers: Intel runs vpshufd on two ports but the vpermilps that floats would get on one.
+  return (V<C>)__builtin_shufflevector((V<Index>)v, (V<Index>)v, (I ^ Mask)...);
+#else
+  return (V<C>)__builtin_shuffle((V<Index>)v, V<Index>{(I ^ Mask)...});
 #endif
 }
 
@@ -140,6 +141,15 @@ TORCHLIN_INLINE void store(bf16* p, V<float> v) {
   std::memcpy(p, &h, sizeof h);
 #endif
 }
+
+// Every even (odd) lane of memory in its own place and its odd (even) neighbour's: a load that needs no shuffle unit.
+#if TORCHLIN_ISA_BYTES == 64
+TORCHLIN_INLINE V<float> load_even(const float* p) { return (V<float>)_mm512_maskz_moveldup_ps(kAll, _mm512_loadu_ps(p)); }
+TORCHLIN_INLINE V<float> load_odd(const float* p) { return (V<float>)_mm512_maskz_movehdup_ps(kAll, _mm512_loadu_ps(p)); }
+#elif TORCHLIN_ISA_BYTES == 32
+TORCHLIN_INLINE V<float> load_even(const float* p) { return (V<float>)_mm256_moveldup_ps(_mm256_loadu_ps(p)); }
+TORCHLIN_INLINE V<float> load_odd(const float* p) { return (V<float>)_mm256_movehdup_ps(_mm256_loadu_ps(p)); }
+#endif
 
 // The first n lanes (0 <= n <= lanes); the others read as zero, or are not written.
 template <class T>

@@ -64,8 +64,13 @@ def make_stubs(torch_lib: Path, stubs: Path) -> list[str]:
     undefined: set[str] = set()
     versions_of: dict[str, set[str]] = collections.defaultdict(set)
     for library in libraries:
-        defined |= {line.split()[-1].split("@")[0] for line in run("nm", "-D", "--defined-only", str(library)).splitlines()}
-        undefined |= {line.split()[-1] for line in run("nm", "-D", "--undefined-only", str(library)).splitlines()}
+        defined |= {
+            line.split()[-1].split("@")[0]
+            for line in run("nm", "-D", "--defined-only", str(library)).splitlines()
+        }
+        undefined |= {
+            line.split()[-1] for line in run("nm", "-D", "--undefined-only", str(library)).splitlines()
+        }
         owner = ""
         for line in run("readelf", "-VW", str(library)).splitlines():
             if found := re.search(r"File: (\S+)", line):
@@ -79,19 +84,36 @@ def make_stubs(torch_lib: Path, stubs: Path) -> list[str]:
         version = version.strip("@")
         if version in owner_of:
             symbols[owner_of[version]][version].add(name)
-        elif not version and name not in defined and not name.startswith(("Py", "_Py", "_Z", "__", "_ITM", "_Unwind")):
+        elif (
+            not version
+            and name not in defined
+            and not name.startswith(("Py", "_Py", "_Z", "__", "_ITM", "_Unwind"))
+        ):
             symbols[names[0]][""].add(name)  # unversioned: any of the stubs may offer it
     stubs.mkdir()
     for library in names:
         by_version = symbols[library]
         source = stubs / "stub.c"
         functions = sorted({name for group in by_version.values() for name in group})
-        source.write_text("".join(f"int {name}(void) {{ return 100; }}\n" for name in functions) or "int unused(void) { return 0; }\n")
+        source.write_text(
+            "".join(f"int {name}(void) {{ return 100; }}\n" for name in functions)
+            or "int unused(void) { return 0; }\n"
+        )
         script = "".join(
             f"{version} {{ global: {''.join(f'{name}; ' for name in sorted(by_version.get(version, ())))}}};\n"
             for version in sorted(versions_of[library])
         )
-        command = ["gcc", "-w", "-fno-builtin", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", str(stubs / library), str(source)]
+        command = [
+            "gcc",
+            "-w",
+            "-fno-builtin",
+            "-shared",
+            "-fPIC",
+            f"-Wl,-soname,{library}",
+            "-o",
+            str(stubs / library),
+            str(source),
+        ]
         if script:
             (stubs / "stub.map").write_text(script)
             command.append(f"-Wl,--version-script={stubs / 'stub.map'}")
@@ -100,10 +122,14 @@ def make_stubs(torch_lib: Path, stubs: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Load the built libraries on an old CUDA torch with stubbed NVIDIA libraries.")
+    parser = argparse.ArgumentParser(
+        description="Load the built libraries on an old CUDA torch with stubbed NVIDIA libraries."
+    )
     parser.add_argument("wheel", type=Path, help="torch wheel for this Python, e.g. torch-2.11.0-cp311-*.whl")
     parser.add_argument("--python", default=sys.executable, help="interpreter that fits the wheel")
-    parser.add_argument("--package", type=Path, default=ROOT, help="folder that holds the built torchlin package")
+    parser.add_argument(
+        "--package", type=Path, default=ROOT, help="folder that holds the built torchlin package"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         site = Path(scratch) / "site"
@@ -114,7 +140,9 @@ def main() -> None:
         environment = {**os.environ, "PYTHONPATH": str(site), "LD_LIBRARY_PATH": str(Path(scratch) / "stubs")}
         probe = Path(scratch) / "probe.py"
         probe.write_text(PROBE)
-        sys.exit(subprocess.run([arguments.python, str(probe), str(arguments.package)], env=environment).returncode)
+        sys.exit(
+            subprocess.run([arguments.python, str(probe), str(arguments.package)], env=environment).returncode
+        )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ LIBRARIES = sorted(Path(torchlin.__file__).parent.glob("_*.so"))
 
 
 def _dynamic(library: Path, *flags: str) -> list[str]:
-    text = subprocess.run(["nm", "-D", *flags, str(library)], check=True, capture_output=True, text=True).stdout
+    text = subprocess.run(
+        ["nm", "-D", *flags, str(library)], check=True, capture_output=True, text=True
+    ).stdout
     return [line.split()[-1].split("@")[0] for line in text.splitlines() if line.strip()]
 
 
@@ -26,7 +28,9 @@ def _needed(library: Path) -> list[str]:
 
 
 def test_cpu_library_is_built():
-    assert any(path.name.startswith("_C.") for path in LIBRARIES), "build first: pip install --no-build-isolation -e ."
+    assert any(path.name.startswith("_C.") for path in LIBRARIES), (
+        "build first: pip install --no-build-isolation -e ."
+    )
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="_cuda is only built where nvcc is found")
@@ -52,7 +56,9 @@ class TestLibrary:
     def test_no_python_symbols(self, library):
         python = [name for name in _dynamic(library, "--undefined-only") if name.startswith(("Py", "_Py"))]
         assert not python
-        assert not [name for name in _needed(library) if "torch_python" in name or name.startswith("libpython")]
+        assert not [
+            name for name in _needed(library) if "torch_python" in name or name.startswith("libpython")
+        ]
 
     def test_no_mangled_torch_symbols(self, library):
         torch_cpp = [

@@ -1,5 +1,5 @@
-// Fibers for the emulator: one stack a CUDA thread, switched by hand. swapcontext makes a system call per switch, which is
-// ten times dearer; it stays as the fallback for other processors.
+// Fibers for the emulator: one stack a CUDA thread, switched by hand. swapcontext makes a system call per
+// switch, which is ten times dearer; it stays as the fallback for other processors.
 #pragma once
 
 #include <sys/mman.h>
@@ -157,7 +157,8 @@ class Fiber {
   static constexpr size_t kGuardBytes = size_t{16} << 10;
 
   void allocate() {
-    void* p = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::runtime_error("simt: no memory for a fiber's stack");
     mprotect(p, kGuardBytes, PROT_NONE);
     stack_ = static_cast<char*>(p);

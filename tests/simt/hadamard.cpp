@@ -1,4 +1,5 @@
-// The CUDA Hadamard kernels on the emulator, planned by the code that plans them for a device; bound to numpy.
+// The CUDA Hadamard kernels on the emulator, planned by the code that plans them for a device; bound to
+// numpy.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -25,11 +26,13 @@ void run(const tl::Plan& plan, const tl::Pointers& at) {
   });
 }
 
-// x and y are raw bytes; the tensors begin `x_offset`, `y_offset` elements into them. Returns what was launched.
+// x and y are raw bytes; the tensors begin `x_offset`, `y_offset` elements into them. Returns what was
+// launched.
 py::list transform(const std::string& type, py::array x, int64_t x_offset, py::array y, int64_t y_offset,
-                   std::vector<int64_t> sizes, std::vector<int64_t> x_strides, std::vector<int64_t> y_strides, int dim,
-                   int64_t order, std::optional<py::array_t<int8_t>> had, std::optional<py::array> signs, double scale,
-                   bool transpose, uint64_t seed, int multiprocessors, size_t shared_per_block) {
+                   std::vector<int64_t> sizes, std::vector<int64_t> x_strides, std::vector<int64_t> y_strides,
+                   int dim, int64_t order, std::optional<py::array_t<int8_t>> had,
+                   std::optional<py::array> signs, double scale, bool transpose, uint64_t seed,
+                   int multiprocessors, size_t shared_per_block) {
   tl::Transform t{};
   t.type = type_of(type);
   t.sizes = sizes, t.x_strides = x_strides, t.y_strides = y_strides;
@@ -41,7 +44,8 @@ py::list transform(const std::string& type, py::array x, int64_t x_offset, py::a
   t.transpose = transpose;
   const tl::Plan plan = tl::make_plan(t, tl::Device{multiprocessors, shared_per_block});
   std::vector<float> workspace(static_cast<size_t>(plan.workspace_elements), std::nanf(""));
-  const tl::Pointers at{xp, yp, workspace.data(), signs ? signs->data() : nullptr, had ? had->data() : nullptr, scale};
+  const tl::Pointers at{
+      xp, yp, workspace.data(), signs ? signs->data() : nullptr, had ? had->data() : nullptr, scale};
   simt::set_seed(seed);
   simt::limits().shared_bytes = shared_per_block;
   switch (t.type) {
@@ -71,9 +75,9 @@ py::list transform(const std::string& type, py::array x, int64_t x_offset, py::a
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("transform", &transform, py::arg("type"), py::arg("x"), py::arg("x_offset"), py::arg("y"), py::arg("y_offset"),
-        py::arg("sizes"), py::arg("x_strides"), py::arg("y_strides"), py::arg("dim"), py::arg("order"), py::arg("had"),
-        py::arg("signs"), py::arg("scale"), py::arg("transpose"), py::arg("seed"), py::arg("multiprocessors"),
-        py::arg("shared_per_block"));
+  m.def("transform", &transform, py::arg("type"), py::arg("x"), py::arg("x_offset"), py::arg("y"),
+        py::arg("y_offset"), py::arg("sizes"), py::arg("x_strides"), py::arg("y_strides"), py::arg("dim"),
+        py::arg("order"), py::arg("had"), py::arg("signs"), py::arg("scale"), py::arg("transpose"),
+        py::arg("seed"), py::arg("multiprocessors"), py::arg("shared_per_block"));
   py::register_exception<simt::Error>(m, "Error");
 }

@@ -199,19 +199,20 @@ const std::map<std::string, void (*)(Arguments)> kKernels = {
     {"order_of_threads", order_of_threads},
 };
 
-py::array_t<float> run(const std::string& kernel, py::array_t<float> x, int outputs, unsigned grid, unsigned block,
-                       size_t shared_bytes, int n, uint64_t seed) {
+py::array_t<float> run(const std::string& kernel, py::array_t<float> x, int outputs, unsigned grid,
+                       unsigned block, size_t shared_bytes, int n, uint64_t seed) {
   py::array_t<float> y(outputs);
   std::fill(y.mutable_data(), y.mutable_data() + outputs, 0.0f);
   simt::set_seed(seed);
-  simt::launch(kKernels.at(kernel), simt::dim3(grid), simt::dim3(block), shared_bytes, Arguments{x.data(), y.mutable_data(), n});
+  simt::launch(kKernels.at(kernel), simt::dim3(grid), simt::dim3(block), shared_bytes,
+               Arguments{x.data(), y.mutable_data(), n});
   return y;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("run", &run, py::arg("kernel"), py::arg("x"), py::arg("outputs"), py::arg("grid") = 1, py::arg("block") = 32,
-        py::arg("shared_bytes") = 0, py::arg("n") = 0, py::arg("seed") = 0);
+  m.def("run", &run, py::arg("kernel"), py::arg("x"), py::arg("outputs"), py::arg("grid") = 1,
+        py::arg("block") = 32, py::arg("shared_bytes") = 0, py::arg("n") = 0, py::arg("seed") = 0);
   py::register_exception<simt::Error>(m, "Error");
 }

@@ -1,13 +1,17 @@
-// A SIMT emulator for tests: g++ compiles the very .cuh that nvcc compiles, and each CUDA thread runs as a fiber.
+// A SIMT emulator for tests: g++ compiles the very .cuh that nvcc compiles, and each CUDA thread runs as a
+// fiber.
 //
 // What it reports as an error (simt::Error), always with the seed of the schedule, the block and the thread:
-//   - barriers that not all threads of the block reach, or reach at different lines; threads that exit while others wait
-//   - warp operations (shuffles, votes, __syncwarp, mma) whose mask names a lane that does not come, or leaves out its caller
-//   - shared memory read or written out of bounds, misaligned, read before anyone wrote it, or accessed by two threads with
+//   - barriers that not all threads of the block reach, or reach at different lines; threads that exit while
+//   others wait
+//   - warp operations (shuffles, votes, __syncwarp, mma) whose mask names a lane that does not come, or
+//   leaves out its caller
+//   - shared memory read or written out of bounds, misaligned, read before anyone wrote it, or accessed by
+//   two threads with
 //     no barrier between them (one of them writing)
 //   - launches that a device would refuse
-// Threads, warps and blocks run in an order drawn from the seed; shared memory starts as NaN in every floating format.
-// One emulated launch at a time: all state is global.
+// Threads, warps and blocks run in an order drawn from the seed; shared memory starts as NaN in every
+// floating format. One emulated launch at a time: all state is global.
 #pragma once
 
 #include <algorithm>
@@ -52,7 +56,8 @@ struct Limits {
 };
 
 struct Stats {
-  uint64_t launches = 0, blocks = 0, threads = 0, block_barriers = 0, warp_ops = 0, shared_reads = 0, shared_writes = 0;
+  uint64_t launches = 0, blocks = 0, threads = 0, block_barriers = 0, warp_ops = 0, shared_reads = 0,
+           shared_writes = 0;
 };
 
 enum class WarpOp : uint8_t { sync, shuffle, vote, matrix };
@@ -68,16 +73,16 @@ struct Thread {
   bool done = false;
   WarpOp op = WarpOp::sync;
   uint32_t mask = 0;
-  int site = 0;      // source line: two barriers are the same barrier only if they are the same line
-  int predicate = 0; // posted to __syncthreads_or and friends; holds the result after the barrier
+  int site = 0;       // source line: two barriers are the same barrier only if they are the same line
+  int predicate = 0;  // posted to __syncthreads_or and friends; holds the result after the barrier
   alignas(16) unsigned char payload[64];
-  alignas(16) unsigned char posted[64];  // payload as it was when the warp operation completed
-  std::vector<std::function<void()>> open_copies;                // asynchronous copies not yet committed to a group,
+  alignas(16) unsigned char posted[64];            // payload as it was when the warp operation completed
+  std::vector<std::function<void()>> open_copies;  // asynchronous copies not yet committed to a group,
   std::vector<std::vector<std::function<void()>>> copy_groups;  // and the groups in flight, oldest first
 };
 
-// Who touched a 4-byte word of shared memory last. Two accesses are ordered by program order, by a block barrier between them
-// (block_epoch), or, within a warp, by a __syncwarp between them (warp_epoch).
+// Who touched a 4-byte word of shared memory last. Two accesses are ordered by program order, by a block
+// barrier between them (block_epoch), or, within a warp, by a __syncwarp between them (warp_epoch).
 struct Word {
   enum Readers : uint8_t { nobody, one, one_warp, many };
   uint32_t write_block = 0, write_warp = 0, read_block = 0, read_warp = 0;
@@ -114,8 +119,8 @@ inline Thread& self() { return *machine().threads[machine().current]; }
 [[noreturn]] inline void fail(const std::string& what, bool with_thread = true) {
   const Machine& m = machine();
   std::ostringstream s;
-  s << "simt: " << what << " [seed " << m.seed << ", block (" << m.block_index.x << ", " << m.block_index.y << ", "
-    << m.block_index.z << ")";
+  s << "simt: " << what << " [seed " << m.seed << ", block (" << m.block_index.x << ", " << m.block_index.y
+    << ", " << m.block_index.z << ")";
   if (with_thread) s << ", thread " << m.current;
   s << "]";
   throw Error(s.str());
@@ -155,7 +160,8 @@ inline bool release_warps() {
       for (unsigned lane = 0; lane < 32 && complete; ++lane) {
         if (!(t.mask >> lane & 1)) continue;
         if (begin + lane >= end) {
-          if (t.mask == 0xffffffffu) continue;  // the full mask means "all lanes that exist" in a partial last warp
+          if (t.mask == 0xffffffffu)
+            continue;  // the full mask means "all lanes that exist" in a partial last warp
           complete = false;
           break;
         }
@@ -186,8 +192,8 @@ inline bool release_warps() {
     if (t.done || t.wait != Wait::warp) continue;
     m.current = i;
     std::ostringstream s;
-    s << "warp operation at line " << t.site << " waits for lanes that never come (mask 0x" << std::hex << t.mask << std::dec
-      << "; missing:";
+    s << "warp operation at line " << t.site << " waits for lanes that never come (mask 0x" << std::hex
+      << t.mask << std::dec << "; missing:";
     const unsigned begin = i / 32 * 32;
     for (unsigned lane = 0; lane < 32; ++lane) {
       if (!(t.mask >> lane & 1)) continue;
@@ -198,8 +204,10 @@ inline bool release_warps() {
       }
       const Thread& u = *m.threads[j];
       if (u.done) s << " " << lane << " exited;";
-      else if (u.wait == Wait::block) s << " " << lane << " is at the block barrier of line " << u.site << ";";
-      else if (u.op != t.op || u.mask != t.mask || u.site != t.site) s << " " << lane << " is at line " << u.site << ";";
+      else if (u.wait == Wait::block)
+        s << " " << lane << " is at the block barrier of line " << u.site << ";";
+      else if (u.op != t.op || u.mask != t.mask || u.site != t.site)
+        s << " " << lane << " is at line " << u.site << ";";
     }
     s << ")";
     fail(s.str());
@@ -212,13 +220,14 @@ inline bool release_warps() {
   m.current = first;
   const int site = m.threads[first]->site;
   if (exited) {
-    fail("block barrier at line " + std::to_string(site) + ": " + std::to_string(exited) + " of " + std::to_string(m.count) +
-         " threads exited without reaching it");
+    fail("block barrier at line " + std::to_string(site) + ": " + std::to_string(exited) + " of " +
+         std::to_string(m.count) + " threads exited without reaching it");
   }
   for (unsigned i = 0; i < m.count; ++i) {
     if (m.threads[i]->site != site) {
-      fail("divergent block barrier: thread " + std::to_string(first) + " is at line " + std::to_string(site) + ", thread " +
-           std::to_string(i) + " at line " + std::to_string(m.threads[i]->site));
+      fail("divergent block barrier: thread " + std::to_string(first) + " is at line " +
+           std::to_string(site) + ", thread " + std::to_string(i) + " at line " +
+           std::to_string(m.threads[i]->site));
     }
   }
   fail("no thread can run");
@@ -290,9 +299,11 @@ void launch(K kernel, dim3 grid, dim3 block, size_t shared_bytes, const A&... ar
   detail::Machine& m = detail::machine();
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   const auto refuse = [&](const std::string& what) { throw Error("simt: invalid launch: " + what); };
-  if (!threads || threads > m.limits.block_threads) refuse("a block of " + std::to_string(threads) + " threads");
+  if (!threads || threads > m.limits.block_threads)
+    refuse("a block of " + std::to_string(threads) + " threads");
   if (!grid.x || !grid.y || !grid.z) refuse("an empty grid");
-  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) refuse("a grid larger than 2^31-1 x 65535 x 65535");
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    refuse("a grid larger than 2^31-1 x 65535 x 65535");
   if (shared_bytes > m.limits.shared_bytes) refuse(std::to_string(shared_bytes) + " bytes of shared memory");
   m.grid = grid;
   m.block = block;
@@ -300,7 +311,8 @@ void launch(K kernel, dim3 grid, dim3 block, size_t shared_bytes, const A&... ar
   m.random.seed(m.seed);
   m.shared_bytes = (shared_bytes + 15) / 16 * 16;
   m.shared_storage.resize(m.shared_bytes + 128);
-  m.shared = m.shared_storage.data() + (128 - reinterpret_cast<uintptr_t>(m.shared_storage.data()) % 128) % 128;
+  m.shared =
+      m.shared_storage.data() + (128 - reinterpret_cast<uintptr_t>(m.shared_storage.data()) % 128) % 128;
   while (m.threads.size() < m.count) m.threads.push_back(std::make_unique<detail::Thread>());
   m.body = [&] { kernel(args...); };
   ++m.stats.launches;
@@ -333,7 +345,9 @@ class shared_ptr {
       return *this;
     }
     const reference& operator=(const reference& r) const { return *this = static_cast<value_type>(r); }
-    const reference& operator+=(const value_type& v) const { return *this = static_cast<value_type>(*this) + v; }
+    const reference& operator+=(const value_type& v) const {
+      return *this = static_cast<value_type>(*this) + v;
+    }
 
    private:
     shared_ptr p_;
@@ -363,8 +377,9 @@ class shared_ptr {
     using detail::Word;
     detail::Machine& m = detail::machine();
     const auto describe = [&](const char* what) {
-      detail::fail(std::string(what) + ": " + (write ? "write" : "read") + " of " + std::to_string(sizeof(T)) +
-                   " bytes at byte " + std::to_string(offset_) + " of " + std::to_string(m.shared_bytes));
+      detail::fail(std::string(what) + ": " + (write ? "write" : "read") + " of " +
+                   std::to_string(sizeof(T)) + " bytes at byte " + std::to_string(offset_) + " of " +
+                   std::to_string(m.shared_bytes));
     };
     if (offset_ < 0 || offset_ + sizeof(T) > m.shared_bytes) describe("shared memory out of bounds");
     if (offset_ % alignof(T)) describe("shared memory misaligned");
@@ -388,7 +403,8 @@ class shared_ptr {
           const bool fine = s.readers == Word::many ? false
                             : several               ? s.reader / 32 == me / 32 && s.read_warp != warp
                                                     : ordered(s.reader, s.read_block, s.read_warp);
-          if (!fine) describe(("shared memory race with a read by thread " + std::to_string(s.reader)).c_str());
+          if (!fine)
+            describe(("shared memory race with a read by thread " + std::to_string(s.reader)).c_str());
         }
         s.written = true;
         s.writer = me, s.write_block = block, s.write_warp = warp;
@@ -416,12 +432,14 @@ inline int block_barrier(int predicate, int site) {
   return t.predicate;
 }
 
-// Posts `value` and returns once every lane of `mask` has posted; then posted<T>(lane) reads what another lane brought.
+// Posts `value` and returns once every lane of `mask` has posted; then posted<T>(lane) reads what another
+// lane brought.
 template <class T>
 void warp_post(WarpOp op, uint32_t mask, const T& value, int site) {
   static_assert(sizeof(T) <= sizeof(detail::Thread::payload));
   detail::Thread& t = detail::self();
-  if (!(mask >> lane() & 1)) detail::fail("warp operation at line " + std::to_string(site) + ": its mask leaves out the caller");
+  if (!(mask >> lane() & 1))
+    detail::fail("warp operation at line " + std::to_string(site) + ": its mask leaves out the caller");
   t.op = op;
   t.mask = mask;
   t.site = site;
@@ -442,7 +460,8 @@ T shuffle(uint32_t mask, T value, int from, int site) {
   warp_post(WarpOp::shuffle, mask, value, site);
   const unsigned begin = detail::machine().current & ~31u;
   if (!(mask >> from & 1) || begin + from >= detail::machine().count) {
-    detail::fail("shuffle at line " + std::to_string(site) + " reads lane " + std::to_string(from) + ", which takes no part");
+    detail::fail("shuffle at line " + std::to_string(site) + " reads lane " + std::to_string(from) +
+                 ", which takes no part");
   }
   return posted<T>(static_cast<unsigned>(from));
 }
@@ -483,8 +502,12 @@ using simt::dim3;
 // The default argument is the line of the call: it tells one barrier from another.
 inline void __syncthreads(int site = __builtin_LINE()) { simt::block_barrier(0, site); }
 inline int __syncthreads_or(int p, int site = __builtin_LINE()) { return simt::block_barrier(p, site) & 1; }
-inline int __syncthreads_and(int p, int site = __builtin_LINE()) { return simt::block_barrier(p, site) >> 1 & 1; }
-inline int __syncthreads_count(int p, int site = __builtin_LINE()) { return simt::block_barrier(p, site) >> 2; }
+inline int __syncthreads_and(int p, int site = __builtin_LINE()) {
+  return simt::block_barrier(p, site) >> 1 & 1;
+}
+inline int __syncthreads_count(int p, int site = __builtin_LINE()) {
+  return simt::block_barrier(p, site) >> 2;
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu, int site = __builtin_LINE()) {
   simt::warp_post(simt::WarpOp::sync, mask, 0, site);
 }
@@ -507,8 +530,12 @@ T __shfl_up_sync(unsigned mask, T v, int delta, int width = 32, int site = __bui
   const int me = static_cast<int>(simt::lane()), from = me - delta;
   return simt::shuffle(mask, v, from < 0 || from / width != me / width ? me : from, site);
 }
-inline unsigned __ballot_sync(unsigned mask, int p, int site = __builtin_LINE()) { return simt::ballot(mask, p, site); }
-inline int __any_sync(unsigned mask, int p, int site = __builtin_LINE()) { return simt::ballot(mask, p, site) != 0; }
+inline unsigned __ballot_sync(unsigned mask, int p, int site = __builtin_LINE()) {
+  return simt::ballot(mask, p, site);
+}
+inline int __any_sync(unsigned mask, int p, int site = __builtin_LINE()) {
+  return simt::ballot(mask, p, site) != 0;
+}
 inline int __all_sync(unsigned mask, int p, int site = __builtin_LINE()) {
   const unsigned begin = simt::detail::machine().current & ~31u, live = simt::detail::machine().count - begin;
   const uint32_t existing = live >= 32 ? 0xffffffffu : (1u << live) - 1;

@@ -40,7 +40,13 @@ def check_scale(name: str, scale: object) -> float:
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in (
+            tensors
+        ):  # not any(): a compiler that traces this cannot look into a generator of tensor attributes
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def in_forward_mode() -> bool:
@@ -73,7 +79,9 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 def check_inplace(x: torch.Tensor) -> None:
     """x may be overwritten: not a leaf that needs grad, not expanded."""
     if torch.is_grad_enabled() and x.requires_grad and x.is_leaf:
-        raise ValueError("inplace=True cannot overwrite x, a leaf tensor that requires grad: use inplace=False or x.detach()")
+        raise ValueError(
+            "inplace=True cannot overwrite x, a leaf tensor that requires grad: use inplace=False or x.detach()"
+        )
     if _overlaps_itself(x):
         raise ValueError(
             f"inplace=True needs an x whose elements do not share memory, got an expanded or overlapping view "
@@ -91,10 +99,14 @@ def check_out(out: object, x: torch.Tensor, *inputs: torch.Tensor | None) -> Non
         raise ValueError(f"out must be on x's device {x.device}, got {out.device}")
     if out.shape != x.shape:
         raise ValueError(f"out must have x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, x, *inputs)):
-        raise ValueError("out= does not support automatic differentiation: drop out=, or use torch.no_grad() or detach()")
+    if needs_grad(out, x, *inputs):
+        raise ValueError(
+            "out= does not support automatic differentiation: drop out=, or use torch.no_grad() or detach()"
+        )
     if _overlaps_itself(out):
-        raise ValueError(f"out must not be an expanded or overlapping view, got strides {out.stride()} for shape {tuple(out.shape)}")
+        raise ValueError(
+            f"out must not be an expanded or overlapping view, got strides {out.stride()} for shape {tuple(out.shape)}"
+        )
     for source in (x, *inputs):
         if source is not None and _share_memory(out, source):
             raise ValueError("out must not share memory with an input: use inplace=True to overwrite x")

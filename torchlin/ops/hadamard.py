@@ -29,6 +29,8 @@ from torchlin.ops._checks import (
 from torchlin.ops.hadamard_matrix import core_matrix, hadamard_order
 
 _raw: Any = torch.ops.torchlin
+_CPU_KERNEL = _library.status()["cpu"].loaded
+_last: Any = _raw._hadamard_last.default if _CPU_KERNEL else None
 
 # H_K on each device, made once: {(K, device): int8 (K, K)}.
 _cores: dict[tuple[int, torch.device], Tensor] = {}
@@ -55,7 +57,14 @@ def hadamard_transform_reference(
 
 
 def _reference(
-    x: Tensor, scale: float, dim: int, order: int, k: int, signs: Tensor | None, had_k: Tensor | None, transpose: bool
+    x: Tensor,
+    scale: float,
+    dim: int,
+    order: int,
+    k: int,
+    signs: Tensor | None,
+    had_k: Tensor | None,
+    transpose: bool,
 ) -> Tensor:
     size = x.shape[dim]
     rows = x.movedim(dim, -1).to(compute_dtype(x.dtype))  # (..., N)
@@ -129,11 +138,30 @@ def hadamard_transform(
                 [ 1.,  1., -1., -1.],
                 [ 1., -1., -1.,  1.]])
     """
+    # Checking the arguments of a small tensor's call costs more than its arithmetic. The plainest call goes straight to the
+    # op; what the op refuses takes the long way, which says why.
+    if (
+        x.__class__ is Tensor
+        and dim == -1
+        and signs is block_size is had_k is out is None
+        and (scale is None or scale.__class__ is float)
+        and not inplace
+        and _CPU_KERNEL
+        and x.is_cpu
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not in_forward_mode()
+    ):
+        try:
+            size = x.shape[-1]
+            if size & (size - 1) == 0:
+                return _last(x) if scale is None else _last(x, scale)
+        except (IndexError, RuntimeError):
+            pass
     dim, order, k, scale, signs, had_k = _check(x, scale, dim, block_size, signs, had_k)
     if out is not None:
         if inplace:
             raise ValueError("inplace=True and out= exclude each other: pass one of them")
-        check_out(out, x, signs, had_k)
+        check_out(out, x, signs)
     if inplace:
         check_inplace(x)
     if not _library.has_kernel(x.device.type):
@@ -147,12 +175,21 @@ def hadamard_transform(
 
 
 def _into(
-    out: Tensor, x: Tensor, scale: float, dim: int, order: int, signs: Tensor | None, had_k: Tensor | None, transpose: bool
+    out: Tensor,
+    x: Tensor,
+    scale: float,
+    dim: int,
+    order: int,
+    signs: Tensor | None,
+    had_k: Tensor | None,
+    transpose: bool,
 ) -> Tensor:
     """Writes the transform of x into out, which is x itself (in place) or shares no memory with it."""
     if needs_grad(x, signs):  # in place on a tensor with history
         if signs is not None and signs.requires_grad:
-            raise ValueError("inplace=True overwrites x, which the gradient of signs needs: use inplace=False")
+            raise ValueError(
+                "inplace=True overwrites x, which the gradient of signs needs: use inplace=False"
+            )
         return _HadamardInplace.apply(x, signs, had_k, scale, dim, order, transpose)
     _write(out, x, scale, dim, order, signs, had_k, transpose)
     if not torch.compiler.is_compiling() and not out.is_inference():
@@ -161,14 +198,20 @@ def _into(
 
 
 def _write(out, x, scale, dim, order, signs, had_k, transpose):
-    if x.is_neg() or out.is_neg():  # torch's fallback for negative views fails on None beside an argument that is written
+    # torch's fallback for negative views, which no traced graph has, fails on None beside an argument that is written.
+    if not torch.compiler.is_compiling() and (x.is_neg() or out.is_neg()):
         out.copy_(_raw._hadamard_fwd(x, scale, dim, order, signs, had_k, transpose))
     else:
         _raw._hadamard_out(x, scale, dim, order, signs, had_k, transpose, out)
 
 
 def _check(
-    x: Tensor, scale: float | None, dim: int, block_size: int | None, signs: Tensor | None, had_k: Tensor | None
+    x: Tensor,
+    scale: float | None,
+    dim: int,
+    block_size: int | None,
+    signs: Tensor | None,
+    had_k: Tensor | None,
 ) -> tuple[int, int, int, float, Tensor | None, Tensor | None]:
     """Validated (dim, order, K, scale, signs, had_k), in the form that the raw ops take."""
     check_float_tensor("x", x)
@@ -199,7 +242,9 @@ def _check_block_size(block_size: int, size: int) -> int:
     if not isinstance(block_size, int) or isinstance(block_size, bool):
         raise TypeError(f"block_size must be an int or None, got {type(block_size).__name__}")
     if block_size < 1 or size % block_size:
-        raise ValueError(f"block_size must be a positive divisor of the transformed size {size}, got {block_size}")
+        raise ValueError(
+            f"block_size must be a positive divisor of the transformed size {size}, got {block_size}"
+        )
     return operator.index(block_size)  # a traced graph is specialised on it
 
 
@@ -209,7 +254,9 @@ def _check_signs(signs: Tensor, size: int, x: Tensor) -> Tensor:
     if signs.dtype is torch.bool or signs.is_complex():
         raise TypeError(f"signs must hold real numbers, got {signs.dtype}")
     if signs.shape != (size,):
-        raise ValueError(f"signs must have shape ({size},), one factor an element of dim, got {tuple(signs.shape)}")
+        raise ValueError(
+            f"signs must have shape ({size},), one factor an element of dim, got {tuple(signs.shape)}"
+        )
     if signs.device != x.device:
         raise ValueError(f"signs must be on x's device {x.device}, got {signs.device}")
     return signs.to(compute_dtype(x.dtype)).contiguous().resolve_neg()
@@ -359,13 +406,14 @@ def _fake_out(x, scale, dim, order, signs, had_k, transpose, out):
     return None
 
 
+def _fake_last(x, scale=None):
+    return torch.empty_like(x)
+
+
 def _vmap_fwd(info, in_dims, x, scale, dim, order, signs, had_k, transpose):
     """One call for the whole batch: x's batch dimension is one more, s multiplies outside where it is batched."""
-    x_dim, *_, signs_dim, _, _ = in_dims
-    if x_dim is None:
-        x = x.expand(info.batch_size, *x.shape)
-    else:
-        x = x.movedim(x_dim, 0)
+    x_dim, _, _, _, signs_dim, *_ = in_dims
+    x = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
     if signs_dim is None:
         return _raw._hadamard_fwd(x, scale, dim + 1, order, signs, had_k, transpose), 0
     shape = [1] * x.dim()
@@ -379,7 +427,13 @@ def _vmap_fwd(info, in_dims, x, scale, dim, order, signs, had_k, transpose):
     return y.to(x.dtype), 0
 
 
-if _library.status()["cpu"].loaded:
+def _vmap_last(info, in_dims, x, scale=None):
+    return _raw._hadamard_last(x.movedim(in_dims[0], 0), scale), 0
+
+
+if _CPU_KERNEL:
     torch.library.register_fake("torchlin::_hadamard_fwd", _fake_fwd)
     torch.library.register_fake("torchlin::_hadamard_out", _fake_out)
     torch.library.register_vmap("torchlin::_hadamard_fwd", _vmap_fwd)
+    torch.library.register_fake("torchlin::_hadamard_last", _fake_last)
+    torch.library.register_vmap("torchlin::_hadamard_last", _vmap_last)
