@@ -152,7 +152,8 @@ TORCHLIN_INLINE Exponential exponential(F x, F low = F{}) {
   r = (r - n * 3.1946335e-05f) + low;
   // exp(r) = 1 + r Q(r), |r| <= 0.40: 8e-9
   const F q = poly(r, 1.0f, 4.999998510e-01f, 1.666640788e-01f, 4.166962206e-02f, 8.380454034e-03f, 1.379387802e-03f);
-  const I half = ((I)sum << 22) & INT32_MIN >> 8, rest = ((I)sum << 23) - half;  // floor(n/2) and n - floor(n/2), as exponents
+  // floor(n/2) and n - floor(n/2), in the place of an exponent
+  const I half = ((I)sum << 22) & INT32_MIN >> 8, rest = ((I)sum << 23) - half;
   return {(r * q + 1.0f) * (F)(rest + (127 << 23)), (F)(half + (127 << 23))};
 }
 

@@ -1,5 +1,5 @@
-// The functions as loops over arrays, for each level. Each value is computed twice, as itself and as part of a dual number; where the
-// two differ the derivative is reported as -12345.
+// The functions as loops over arrays, for each level. Each value is computed twice, as itself and as part of a dual number;
+// where the two differ the derivative is reported as -12345.
 #include "simd/math.h"
 #include "simd/dual.h"
 
