@@ -171,8 +171,8 @@ TORCHLIN_INLINE Pair<F> exp_pair(F u) {
 struct HalfExpm1 {
   F minus_half, half;
 };
-// s q + s - 1/2, s = 2^(n-1), cancels where r < 0 and n = 1. That costs one unit; where x >= 0 a quarter less is rounded to n, and
-// r is small there.
+// s q + s - 1/2, s = 2^(n-1), cancels where r < 0 and n = 1. That costs one unit; where x >= 0 a quarter less is rounded to n,
+// and r is small there.
 template <bool kNonnegative = false>
 TORCHLIN_INLINE HalfExpm1 half_expm1(F x) {
   constexpr float kMagic = 12582912.0f + 126.0f;
