@@ -1,0 +1,192 @@
+// Dual numbers over the vectors of math.h, after which a level's namespace includes this: a value and its derivatives by N
+// variables, under the same names in tl. A plain vector beside a dual number is a constant: it mixes with it everywhere and
+// takes part in no derivative, so that 0 * inf does not arise from it. The value is that of math.h, bit for bit.
+
+namespace tl {
+
+template <class Vec, int N = 1>
+struct Dual {
+  using value_type = Vec;
+  static constexpr int variables = N;
+  Vec v, d[N];
+
+  Dual() = default;
+  TORCHLIN_INLINE Dual(Vec constant) : v(constant), d{} {}
+  // The variable `which`.
+  TORCHLIN_INLINE static Dual variable(Vec value, int which = 0) {
+    Dual u(value);
+    u.d[which] = lit<Vec>(1.0);
+    return u;
+  }
+};
+
+template <class Vec, int N>
+struct constant_of<Dual<Vec, N>> {
+  using type = Vec;
+};
+
+template <class T>
+inline constexpr bool is_dual = false;
+template <class Vec, int N>
+inline constexpr bool is_dual<Dual<Vec, N>> = true;
+
+template <class T>
+TORCHLIN_INLINE constant<T> value(T u) {
+  if constexpr (is_dual<T>) return u.v;
+  else return u;
+}
+// What a mixture of both is: the dual number if there is one.
+template <class A, class B>
+using common = std::conditional_t<is_dual<A>, A, B>;
+
+// The value v with derivatives f(i).
+template <class T, class Vec, class Function>
+TORCHLIN_INLINE T with_derivatives(Vec v, Function f) {
+  T out;
+  out.v = v;
+  for (int i = 0; i < T::variables; ++i) out.d[i] = f(i);
+  return out;
+}
+
+// The value v with derivatives by the chain rule; of constants there are none.
+template <class A, class B, class Vec>
+TORCHLIN_INLINE auto chain(Vec v, A a, Vec by_a, B b, Vec by_b) {
+  if constexpr (!is_dual<A> && !is_dual<B>) {
+    return v;
+  } else {
+    return with_derivatives<common<A, B>>(v, [&](int i) {
+      if constexpr (!is_dual<A>) return by_b * b.d[i];
+      else if constexpr (!is_dual<B>) return by_a * a.d[i];
+      else return by_a * a.d[i] + by_b * b.d[i];
+    });
+  }
+}
+
+// A binary operator is found with a dual number on either side.
+#define TORCHLIN_DUAL_BINARY(op)                                                                                            \
+  template <class Vec, int N>                                                                                               \
+  TORCHLIN_INLINE Dual<Vec, N> operator op(Dual<Vec, N> a, Dual<Vec, N> b)
+#define TORCHLIN_DUAL_LEFT(op)                                                                                              \
+  template <class Vec, int N>                                                                                               \
+  TORCHLIN_INLINE Dual<Vec, N> operator op(Dual<Vec, N> a, typename Dual<Vec, N>::value_type b)
+#define TORCHLIN_DUAL_RIGHT(op)                                                                                             \
+  template <class Vec, int N>                                                                                               \
+  TORCHLIN_INLINE Dual<Vec, N> operator op(typename Dual<Vec, N>::value_type a, Dual<Vec, N> b)
+#define TORCHLIN_DERIVATIVES(value, expression) \
+  return with_derivatives<Dual<Vec, N>>(value, [&](int i) { return expression; })
+
+TORCHLIN_DUAL_BINARY(+) { TORCHLIN_DERIVATIVES(a.v + b.v, a.d[i] + b.d[i]); }
+TORCHLIN_DUAL_LEFT(+) { TORCHLIN_DERIVATIVES(a.v + b, a.d[i]); }
+TORCHLIN_DUAL_RIGHT(+) { TORCHLIN_DERIVATIVES(a + b.v, b.d[i]); }
+TORCHLIN_DUAL_BINARY(-) { TORCHLIN_DERIVATIVES(a.v - b.v, a.d[i] - b.d[i]); }
+TORCHLIN_DUAL_LEFT(-) { TORCHLIN_DERIVATIVES(a.v - b, a.d[i]); }
+TORCHLIN_DUAL_RIGHT(-) { TORCHLIN_DERIVATIVES(a - b.v, -b.d[i]); }
+TORCHLIN_DUAL_BINARY(*) { TORCHLIN_DERIVATIVES(a.v * b.v, a.d[i] * b.v + a.v * b.d[i]); }
+TORCHLIN_DUAL_LEFT(*) { TORCHLIN_DERIVATIVES(a.v * b, a.d[i] * b); }
+TORCHLIN_DUAL_RIGHT(*) { TORCHLIN_DERIVATIVES(a * b.v, a * b.d[i]); }
+TORCHLIN_DUAL_BINARY(/) {
+  const Vec q = a.v / b.v;
+  TORCHLIN_DERIVATIVES(q, (a.d[i] - q * b.d[i]) / b.v);
+}
+TORCHLIN_DUAL_LEFT(/) { TORCHLIN_DERIVATIVES(a.v / b, a.d[i] / b); }
+TORCHLIN_DUAL_RIGHT(/) {
+  const Vec q = a / b.v, slope = -q / b.v;
+  TORCHLIN_DERIVATIVES(q, slope * b.d[i]);
+}
+template <class Vec, int N>
+TORCHLIN_INLINE Dual<Vec, N> operator-(Dual<Vec, N> a) {
+  TORCHLIN_DERIVATIVES(-a.v, -a.d[i]);
+}
+
+#define TORCHLIN_DUAL_UNARY(name)                             \
+  template <class Vec, int N>                                 \
+  TORCHLIN_INLINE Dual<Vec, N> name(Dual<Vec, N> a) {         \
+    const Pair<Vec> f = name##_pair(a.v);                     \
+    TORCHLIN_DERIVATIVES(f.v, f.d * a.d[i]);                  \
+  }
+TORCHLIN_UNARY_NAMES(TORCHLIN_DUAL_UNARY)
+#undef TORCHLIN_DUAL_UNARY
+
+template <class Vec, int N>
+TORCHLIN_INLINE Dual<Vec, N> abs(Dual<Vec, N> a) {
+  const Vec slope = sign(a.v);
+  TORCHLIN_DERIVATIVES(abs(a.v), slope * a.d[i]);
+}
+template <class Vec, int N>
+TORCHLIN_INLINE Vec sign(Dual<Vec, N> a) {
+  return sign(a.v);
+}
+
+#undef TORCHLIN_DUAL_BINARY
+#undef TORCHLIN_DUAL_LEFT
+#undef TORCHLIN_DUAL_RIGHT
+#undef TORCHLIN_DERIVATIVES
+
+// ---- comparison and selection, of plain vectors too ----
+
+#define TORCHLIN_COMPARE(name, op)             \
+  template <class A, class B>                  \
+  TORCHLIN_INLINE auto name(A a, B b) {        \
+    return value(a) op value(b);               \
+  }
+TORCHLIN_COMPARE(gt, >)
+TORCHLIN_COMPARE(ge, >=)
+TORCHLIN_COMPARE(lt, <)
+TORCHLIN_COMPARE(le, <=)
+TORCHLIN_COMPARE(eq, ==)
+TORCHLIN_COMPARE(ne, !=)
+#undef TORCHLIN_COMPARE
+
+template <class Mask, class A, class B>
+TORCHLIN_INLINE auto where(Mask m, A a, B b) {
+  if constexpr (!is_dual<A> && !is_dual<B>) {
+    return m ? a : b;
+  } else {
+    using Vec = constant<common<A, B>>;
+    return with_derivatives<common<A, B>>(m ? value(a) : value(b), [&](int i) {
+      if constexpr (!is_dual<A>) return m ? Vec{} : b.d[i];
+      else if constexpr (!is_dual<B>) return m ? a.d[i] : Vec{};
+      else return m ? a.d[i] : b.d[i];
+    });
+  }
+}
+
+// NaN if either is; a at a tie, and its derivative: the subgradient of relu = max(0, x) at 0 is 0.
+template <class A, class B>
+TORCHLIN_INLINE auto max(A a, B b) {
+  const auto u = value(a), v = value(b);
+  if constexpr (!is_dual<A> && !is_dual<B>) return u != u ? u : most(u, v);
+  else return where((v <= u) | (u != u), a, b);
+}
+template <class A, class B>
+TORCHLIN_INLINE auto min(A a, B b) {
+  const auto u = value(a), v = value(b);
+  if constexpr (!is_dual<A> && !is_dual<B>) return u != u ? u : least(u, v);
+  else return where((v >= u) | (u != u), a, b);
+}
+template <class A, class Low, class High>
+TORCHLIN_INLINE auto clamp(A u, Low low, High high) {
+  return min(high, max(low, u));
+}
+
+// Straight through: the value of one with the derivative of the other.
+template <class A, class B>
+TORCHLIN_INLINE auto ste(A a, B b) {
+  if constexpr (!is_dual<B>) return value(a);
+  else return with_derivatives<B>(value(a), [&](int i) { return b.d[i]; });
+}
+
+// ---- two arguments ----
+
+template <class A, class B>
+TORCHLIN_INLINE auto hypot(A a, B b) -> std::enable_if_t<is_dual<A> || is_dual<B>, common<A, B>> {
+  const auto u = value(a), v = value(b), h = hypot(u, v);
+  return chain(h, a, u / h, b, v / h);
+}
+template <class A, class B>
+TORCHLIN_INLINE auto pow(A a, B b) -> std::enable_if_t<is_dual<A> || is_dual<B>, common<A, B>> {
+  const auto u = value(a), v = value(b), power = pow(u, v);
+  return chain(power, a, pow_by_base(u, v), b, pow_by_exponent(u, v, power));
+}
+
+}  // namespace tl

@@ -1,0 +1,616 @@
+// The elementary functions of activations over V<float> and V<double>, in namespace tl under the names that generated functors
+// use (torchlin/catalogue/cpp_code.py lists them with their semantics). Included inside a level's namespace after simd.h, once
+// per level and file, hence no include guard; dual.h adds the same names for dual numbers.
+//
+// Each function is written once, as `name_pair`, which gives value and derivative from shared sub-results; what a caller does
+// not use the compiler drops. Float: own polynomials; errors within 2 units in the last place for exp, expm1, log, log1p, erf,
+// atan, 2.3 for tanh and sigmoid, 4 for the rest; subnormal results, signed zeros, infinities and NaN included
+// (tests/test_simd_math.py). An argument is clamped where the result no longer depends on it, so that no intermediate is
+// subnormal unless the result is: such operations cost a hundred times more. Double serves gradient checks, where speed is
+// nothing: libm, lane by lane.
+//
+// Coefficients were fitted for this file: least squares at Chebyshev nodes, reweighted towards the minimax error, lower
+// coefficients rounded to the type before higher ones are fitted. The stated error is relative to the function.
+
+namespace tl {
+
+using F = V<float>;
+using I = V<int32_t>;
+using D = V<double>;
+
+template <class Vec>
+struct Pair {
+  Vec v, d;  // a value and a derivative
+};
+
+// ---- constants and parameters ----
+
+// The type of constants beside T: T itself here; dual.h says what it is for a dual number.
+template <class T>
+struct constant_of {
+  using type = T;
+};
+template <class T>
+using constant = typename constant_of<T>::type;
+
+template <class Vec>
+using lane = std::remove_cv_t<std::remove_reference_t<decltype(std::declval<Vec&>()[0])>>;
+
+template <class T>
+TORCHLIN_INLINE constant<T> lit(double c) {
+  return splat(static_cast<lane<constant<T>>>(c));
+}
+// The kernel's P decides what a slot is: a scalar, a vector or, where derivatives by slots are wanted, a dual number.
+template <class T, class P>
+TORCHLIN_INLINE auto arg(const P& p, int i, int j = 0) {
+  return p.template arg<T>(i, j);
+}
+template <class P>
+TORCHLIN_INLINE int length(const P& p, int i) {
+  return p.length(i);
+}
+
+// ---- bits, selection, comparison ----
+
+constexpr float kInf = __builtin_inff(), kNaN = __builtin_nanf("");
+
+TORCHLIN_INLINE F sign_bit(F u) { return (F)((I)u & INT32_MIN); }
+TORCHLIN_INLINE F with_sign_of(F magnitude, F u) { return (F)((I)magnitude | (I)sign_bit(u)); }
+TORCHLIN_INLINE F zero_unless(I mask, F u) { return (F)(mask & (I)u); }
+
+TORCHLIN_INLINE F where(I mask, F u, F v) { return mask ? u : v; }
+TORCHLIN_INLINE D where(V<int64_t> mask, D u, D v) { return mask ? u : v; }
+
+// a < b ? a : b, hence b if either is NaN: one instruction.
+TORCHLIN_INLINE F least(F a, F b) {
+#if TORCHLIN_ISA_BYTES == 64
+  return (F)_mm512_maskz_min_ps(kAll, (__m512)a, (__m512)b);
+#elif TORCHLIN_ISA_BYTES == 32
+  return (F)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (F)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+TORCHLIN_INLINE F most(F a, F b) {
+#if TORCHLIN_ISA_BYTES == 64
+  return (F)_mm512_maskz_max_ps(kAll, (__m512)a, (__m512)b);
+#elif TORCHLIN_ISA_BYTES == 32
+  return (F)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (F)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+TORCHLIN_INLINE D least(D a, D b) { return a < b ? a : b; }
+TORCHLIN_INLINE D most(D a, D b) { return a > b ? a : b; }
+
+TORCHLIN_INLINE bool any(I mask) {
+#if TORCHLIN_ISA_BYTES == 64
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif TORCHLIN_ISA_BYTES == 32
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < kLanes<float>; ++i) all |= mask[i];
+  return all != 0;
+#endif
+}
+
+// a*b + c in one rounding where the level has it; for where that matters. Elsewhere the compiler contracts.
+TORCHLIN_INLINE F fma(F a, F b, F c) {
+#if TORCHLIN_ISA_BYTES == 64
+  return (F)_mm512_maskz_fmadd_ps(kAll, (__m512)a, (__m512)b, (__m512)c);
+#elif TORCHLIN_ISA_BYTES == 32
+  return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+// c[0] + x (c[1] + x (c[2] + ...))
+template <class Vec, class C>
+TORCHLIN_INLINE Vec poly(Vec, C c) {
+  return splat(static_cast<lane<Vec>>(c));
+}
+template <class Vec, class C, class... Rest>
+TORCHLIN_INLINE Vec poly(Vec x, C c, Rest... rest) {
+  return poly(x, rest...) * x + static_cast<lane<Vec>>(c);
+}
+
+TORCHLIN_INLINE F abs(F u) { return (F)((I)u & INT32_MAX); }
+TORCHLIN_INLINE D abs(D u) { return (D)((V<int64_t>)u & INT64_MAX); }
+template <class Vec>
+TORCHLIN_INLINE Vec sign_of(Vec u) {
+  const Vec one = lit<Vec>(1.0), none{};
+  return (u > none ? one : none) - (u < none ? one : none);
+}
+TORCHLIN_INLINE F sign(F u) { return sign_of(u); }
+TORCHLIN_INLINE D sign(D u) { return sign_of(u); }
+
+#if defined(__x86_64__) && TORCHLIN_ISA_BYTES == 16
+// Without FMA, where float needs a product's rounding error.
+using Wide = typename vector_of<double, kLanes<float>>::type;
+#endif
+
+// ---- exponentials ----
+
+// exp(x + low) = p s for -176 <= x <= 176: s, and the power of two within p, are halves of the scaling, so that neither
+// overflows or rounds before the result must.
+struct Exponential {
+  F p, s;
+};
+TORCHLIN_INLINE Exponential exponential(F x, F low = F{}) {
+  // n = round(x / ln 2) appears in the low bits of the sum.
+  constexpr float kMagic = 12582912.0f;
+  const F sum = x * 1.4426950408889634f + kMagic, n = sum - kMagic;
+  F r = x - n * 0.693115234375f;  // ln 2 in two parts; n times the first is exact
+  r = (r - n * 3.1946335e-05f) + low;
+  // exp(r) = 1 + r Q(r), |r| <= 0.40: 8e-9
+  const F q = poly(r, 1.0f, 4.999998510e-01f, 1.666640788e-01f, 4.166962206e-02f, 8.380454034e-03f, 1.379387802e-03f);
+  // floor(n/2) and n - floor(n/2), in the place of an exponent
+  const I half = ((I)sum << 22) & INT32_MIN >> 8, rest = ((I)sum << 23) - half;
+  return {(r * q + 1.0f) * (F)(rest + (127 << 23)), (F)(half + (127 << 23))};
+}
+
+// Below -104 the result is 0: there s is 0 itself, for a product that underflows is slow.
+constexpr float kExpZero = -103.98f, kExpOfZeroScale = -175.27f;
+
+TORCHLIN_INLINE Pair<F> exp_pair(F u) {
+  const F x = least(splat(89.0f), u);
+  const Exponential e = exponential(x < kExpZero ? splat(kExpOfZeroScale) : x);
+  const F v = e.p * e.s;
+  return {v, v};
+}
+
+// expm1 and exp of -86 <= x <= 89, both halved so that they do not overflow before sinh and the like.
+struct HalfExpm1 {
+  F minus_half, half;
+};
+// s q + s - 1/2, s = 2^(n-1), cancels where r < 0 and n = 1. That costs one unit; where x >= 0 a quarter less is rounded to n,
+// and r is small there.
+template <bool kNonnegative = false>
+TORCHLIN_INLINE HalfExpm1 half_expm1(F x) {
+  constexpr float kMagic = 12582912.0f + 126.0f;
+  const F sum = (kNonnegative ? x * 1.4426950408889634f - 0.25f : x * 1.4426950408889634f) + kMagic, n = sum - kMagic;
+  F r = x - n * 0.693115234375f;
+  r = r - n * 3.1946335e-05f;
+  // expm1(r) = r + r^2 G(r), |r| <= 0.348: 4e-9; -0.18 <= r <= 0.53: 5e-10
+  const F g = kNonnegative ? poly(r, 5.000000000e-01f, 1.666666567e-01f, 4.166700318e-02f, 8.333104663e-03f,
+                                  1.379437046e-03f, 2.288595133e-04f)
+                           : poly(r, 5.000000000e-01f, 1.666654497e-01f, 4.166677594e-02f, 8.366472088e-03f,
+                                  1.390568679e-03f);
+  const F q = r * (r * g) + r, s = (F)((I)sum << 23);
+  return {s * q + (s - 0.5f), s * q + s};
+}
+
+TORCHLIN_INLINE Pair<F> expm1_pair(F u) {
+  const HalfExpm1 h = half_expm1(most(splat(-86.0f), least(splat(89.0f), u)));
+  const F e = h.minus_half + h.minus_half, d = h.half + h.half;
+  return {with_sign_of(e, u), zero_unless(~(u < -86.0f), d)};
+}
+
+// n/(n + 2) for 0 <= n < 1e38, and 1 minus it, without cancellation in either.
+struct OverPlusTwo {
+  F ratio, complement;
+};
+TORCHLIN_INLINE OverPlusTwo over_plus_two(F n) {
+  const I above = n > 2.0f;
+  const F t = (above ? splat(2.0f) : n) / (n + 2.0f), other = 1.0f - t;
+  return {above ? other : t, above ? t : other};
+}
+
+// tanh |u| = E/(E + 2), E = expm1(2|u|)
+TORCHLIN_INLINE Pair<F> tanh_pair(F u) {
+  const F a = least(splat(43.0f), abs(u));
+  const HalfExpm1 e = half_expm1<true>(a + a);
+  const OverPlusTwo t = over_plus_two(e.minus_half + e.minus_half);
+  return {with_sign_of(t.ratio, u), zero_unless(~(abs(u) >= 43.0f), t.complement * (1.0f + t.ratio))};
+}
+
+// 1/(1 + p s) = i/(i + p) with i = 1/s; the complement is p/(i + p).
+struct Sigmoid {
+  F v, complement;
+};
+TORCHLIN_INLINE Sigmoid sigmoid_parts(F u) {
+  const F x = most(splat(-105.0f), least(splat(105.0f), u));
+  const Exponential e = exponential(-x);
+  const F inverse = (F)((254 << 23) - (I)e.s), q = 1.0f / (inverse + e.p);
+  return {zero_unless(~(u < kExpZero), inverse) * q, zero_unless(~(u > -kExpZero), e.p) * q};
+}
+TORCHLIN_INLINE Pair<F> sigmoid_pair(F u) {
+  const Sigmoid s = sigmoid_parts(u);
+  return {s.v, s.v * s.complement};
+}
+
+// With n = e (e + 2), e = exp(u): tanh(log(1 + e)) = n/(n + 2), and its derivative is 4 e (e + 1)/(n + 2)^2.
+TORCHLIN_INLINE Pair<F> tanh_softplus_pair(F u) {
+  const F e = exp_pair(least(splat(43.0f), u)).v;
+  const OverPlusTwo t = over_plus_two(e * (e + 2.0f));
+  return {t.ratio, zero_unless(~(u >= 43.0f), (e * t.complement) * ((e + 1.0f) * t.complement))};
+}
+
+TORCHLIN_INLINE Pair<F> sech_pair(F u) {
+  const F e = exp_pair(-abs(u)).v, v = (e + e) / (1.0f + e * e);
+  return {v, -v * tanh_pair(u).v};
+}
+
+// sinh and cosh overflow later than exp: everything at a half or a quarter.
+TORCHLIN_INLINE Pair<F> cosh_sinh(F u) {
+  const F a = abs(u);
+  const Exponential e = exponential(least(splat(92.0f), a));
+  const F quarter = e.p * (e.s * 0.25f);
+  const F small = half_expm1<true>(least(splat(10.0f), a)).minus_half, whole = small + small;
+  const F sinh = a < 9.0f ? small + small / (whole + 1.0f) : quarter + quarter;
+  return {(quarter + quarter) + 0.125f / quarter, with_sign_of(sinh, u)};
+}
+TORCHLIN_INLINE Pair<F> cosh_pair(F u) { return cosh_sinh(u); }
+TORCHLIN_INLINE Pair<F> sinh_pair(F u) {
+  const Pair<F> both = cosh_sinh(u);
+  return {both.d, both.v};
+}
+
+// ---- logarithms ----
+
+// k ln 2 + log(1 + f) for f in [-1/3, 1/3].
+TORCHLIN_INLINE F log_of_parts(F k, F f) {
+  // log(1 + f) = f + f^2 R(f): 1e-8
+  const F r = poly(f, -5.000000000e-01f, 3.333321214e-01f, -2.499983162e-01f, 2.001057714e-01f, -1.667896211e-01f,
+                   1.400353312e-01f, -1.220517159e-01f, 1.399444193e-01f, -1.280185133e-01f);
+  return k * 0.693115234375f + (f * (f * r) + (k * 3.1946335e-05f + f));
+}
+constexpr int32_t kTwoThirds = 0x3f2aaaab;  // the bits of 2/3: [2/3, 4/3) has exponent 0
+
+// log(1 + x), -1 < x < 2^126.
+TORCHLIN_INLINE F log1p_core(F x) {
+  const I k = ((I)(x + 1.0f) - kTwoThirds) >> 23;
+  const F s = (F)(0x3f800000 - (k << 23));  // 2^-k
+  return log_of_parts(__builtin_convertvector(k, F), x * s + (s - 1.0f));
+}
+
+TORCHLIN_INLINE Pair<F> log1p_pair(F u) {
+  const I big = u > 0x1p125f;
+  F v = log1p_core(big ? u * 0.125f : u) + zero_unless(big, splat(2.0794415416798357f));
+  v = u == kInf ? u : u <= -1.0f ? (u < -1.0f ? splat(kNaN) : splat(-kInf)) : v;
+  return {with_sign_of(v, u), 1.0f / (1.0f + u)};
+}
+
+TORCHLIN_INLINE Pair<F> log_pair(F u) {
+  const I tiny = u < 0x1p-126f;
+  const F x = tiny ? u * 0x1p23f : u;
+  const I e = ((I)x - kTwoThirds) >> 23;
+  const F m = (F)((I)x - (e << 23)), k = __builtin_convertvector(e, F) - zero_unless(tiny, splat(23.0f));
+  F v = log_of_parts(k, m - 1.0f);
+  v = (u > 0.0f) & (u < kInf) ? v : u == 0.0f ? splat(-kInf) : u < 0.0f ? splat(kNaN) : u;
+  return {v, 1.0f / u};
+}
+
+// max(u, 0) + log1p(exp(-|u|)); where u > 0 the second is nothing beside the first beyond 20.
+TORCHLIN_INLINE Pair<F> softplus_pair(F u) {
+  const I positive = u > 0.0f;
+  const F x = most(positive ? splat(-20.0f) : splat(-200.0f), -abs(u));
+  const F e = exp_pair(x).v;
+  const F d = (positive ? splat(1.0f) : e) / (1.0f + e);
+  return {zero_unless(positive, u) + log1p_core(e), d};
+}
+
+TORCHLIN_INLINE Pair<F> log1p_sigmoid_pair(F u) {
+  const Sigmoid s = sigmoid_parts(u);
+  return {log1p_core(s.v), s.v * s.complement / (1.0f + s.v)};
+}
+
+// ---- roots ----
+
+TORCHLIN_INLINE F root(F u) {
+#if TORCHLIN_ISA_BYTES == 64
+  return (F)_mm512_maskz_sqrt_ps(kAll, (__m512)u);
+#elif TORCHLIN_ISA_BYTES == 32
+  return (F)_mm256_sqrt_ps((__m256)u);
+#elif defined(__x86_64__)
+  return (F)_mm_sqrt_ps((__m128)u);
+#else
+  F v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = std::sqrt(u[i]);
+  return v;
+#endif
+}
+TORCHLIN_INLINE Pair<F> sqrt_pair(F u) {
+  const F v = root(u);
+  return {v, 0.5f / v};
+}
+
+// Squares are taken beside 1: both numbers are divided by the power of two of the larger.
+TORCHLIN_INLINE F hypot(F k, F u) {
+  const F a = abs(k), b = abs(u), larger = where(b <= a, a, b);
+  I e = (I)larger & 0x7f800000;
+  e = e > (252 << 23) ? I{} + (252 << 23) : e;
+  e = e < (1 << 23) ? I{} + (1 << 23) : e;
+  const F down = (F)((254 << 23) - e), up = (F)e, x = a * down, y = b * down;
+  return root(x * x + y * y) * up;
+}
+
+TORCHLIN_INLINE Pair<F> asinh_pair(F u) {
+  const F a = abs(u);
+  const I big = a > 0x1p30f;
+  const F root1 = root(a * a + 1.0f);
+  const F small = a + a * (a / (1.0f + root1));
+  const F v = big ? log_pair(a).v + 0.6931471805599453f : log1p_core(big ? splat(1.0f) : small);
+  return {with_sign_of(v, u), 1.0f / hypot(splat(1.0f), u)};
+}
+
+// ---- erf and erfc ----
+
+// erfc(a) = square g for a in [0, 10.2], square = exp(-a^2).
+struct Erfc {
+  F square, g;
+};
+TORCHLIN_INLINE Erfc erfc_parts(F a) {
+  // a^2 as the square of its upper half, which is exact, and the rest: its rounding error would be 100 units of the result.
+  const F upper = (F)((I)a & ~0xfff), rest = (a - upper) * (a + upper);
+  const F x = -(upper * upper);
+  const Exponential e = exponential(x < kExpZero ? splat(kExpOfZeroScale) : x, -rest);
+  // g = t Q(1 - 6 t), t = 1/(a + 3): 8e-9
+  // An error of t is tripled in g: t and y are to be right to their last places.
+#if defined(__x86_64__) && TORCHLIN_ISA_BYTES == 16
+  const Wide wide = 1.0 / (__builtin_convertvector(a, Wide) + 3.0);
+  const F t = __builtin_convertvector(wide, F), y = __builtin_convertvector(1.0 - 6.0 * wide, F);
+#else
+  const F sum = a + 3.0f, lost = a - (sum - 3.0f), near = 1.0f / sum;
+  const F correction = near * (fma(-near, sum, splat(1.0f)) - lost * near);
+  const F t = near + correction, y = fma(splat(-6.0f), near, splat(1.0f)) - 6.0f * correction;
+#endif
+  const F q = poly(y, 1.074006915e+00f, -8.833944798e-01f, 5.902280211e-01f, -3.104660213e-01f, 1.195313483e-01f,
+                   -2.683952451e-02f, -1.233430346e-03f, 3.077646252e-03f, -4.756601702e-04f, -3.204217064e-04f);
+  return {e.p * e.s, t * q};
+}
+constexpr float kTwoOverRootPi = 1.1283791670955126f;
+
+// erf a = a + a P(a^2), |a| <= 1: 2e-9
+TORCHLIN_INLINE F erf_small(F a) {
+  const F p = poly(a * a, 1.283791661e-01f, -3.761262596e-01f, 1.128358245e-01f, -2.685364336e-02f, 5.187962670e-03f,
+                   -8.006793214e-04f, 7.842288323e-05f);
+  return a * p + a;
+}
+
+TORCHLIN_INLINE Pair<F> erfc_pair(F u) {
+  const F a = least(splat(10.2f), abs(u));
+  const Erfc c = erfc_parts(a);
+  const F tail = c.square * c.g, far = u < 0.0f ? 2.0f - tail : tail;
+  return {a < 0.81f ? 1.0f - erf_small(u) : far, -kTwoOverRootPi * c.square};
+}
+
+TORCHLIN_INLINE Pair<F> erf_pair(F u) {
+  const F a = least(splat(10.2f), abs(u));
+  const Erfc c = erfc_parts(a);
+  return {with_sign_of(a < 1.0f ? erf_small(a) : 1.0f - c.square * c.g, u), kTwoOverRootPi * c.square};
+}
+
+// ---- trigonometry ----
+
+struct SinCos {
+  F sin, cos;
+};
+
+// Where reduction in float no longer holds: beyond, and for infinities, libm.
+constexpr float kTrigLimit = 8192.0f;
+__attribute__((noinline)) inline SinCos sin_cos_far(F u) {
+  SinCos out;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    out.sin[i] = static_cast<float>(std::sin(static_cast<double>(u[i])));
+    out.cos[i] = static_cast<float>(std::cos(static_cast<double>(u[i])));
+  }
+  return out;
+}
+
+TORCHLIN_INLINE SinCos sin_cos(F u) {
+  if (any(abs(u) > kTrigLimit)) return sin_cos_far(u);
+  constexpr float kMagic = 12582912.0f;
+  const F sum = u * 0.6366197723675814f + kMagic, n = sum - kMagic;
+  const I quadrant = (I)sum;
+#if defined(__x86_64__) && TORCHLIN_ISA_BYTES == 16
+  // No FMA, so n times a part of pi/2 would not be exact: in double.
+  const Wide wide = __builtin_convertvector(n, Wide);
+  const F r = __builtin_convertvector(
+      __builtin_convertvector(u, Wide) - wide * 1.5707963267341256 - wide * 6.077100506506192e-11, F);
+#else
+  // pi/2 in three floats. The first difference is exact, since u and n times the first part are close.
+  F r = fma(n, splat(-0x1.921fb6p+0f), u);
+  r = fma(n, splat(0x1.777a5cp-25f), r);
+  r = fma(n, splat(0x1.ee59dap-50f), r);
+#endif
+  const F z = r * r;
+  // sin r = r + r z S(z): 4e-9; cos r = 1 - z/2 + z^2 C(z): 1e-10; |r| <= pi/4
+  const F sin = r * (z * poly(z, -1.666665524e-01f, 8.332184516e-03f, -1.951720624e-04f)) + r;
+  const F cos = (z * z) * poly(z, 4.166664556e-02f, -1.388730831e-03f, 2.443202720e-05f) + (1.0f - 0.5f * z);
+  const I odd = -(quadrant & 1);
+  const F s = odd ? cos : sin, c = odd ? sin : cos;
+  return {(F)((I)s ^ ((quadrant & 2) << 30)), (F)((I)c ^ (((quadrant + 1) & 2) << 30))};
+}
+TORCHLIN_INLINE Pair<F> sin_pair(F u) {
+  const SinCos both = sin_cos(u);
+  return {u == 0.0f ? u : both.sin, both.cos};
+}
+TORCHLIN_INLINE Pair<F> cos_pair(F u) {
+  const SinCos both = sin_cos(u);
+  return {both.cos, -both.sin};
+}
+TORCHLIN_INLINE Pair<F> sinc_pair(F u) {
+  const SinCos both = sin_cos(u);
+  const I zero = u == 0.0f;
+  const F x = zero ? splat(1.0f) : u, v = zero ? splat(1.0f) : both.sin / x;
+  // (cos u - sinc u)/u cancels near 0: its series, with an error of 3e-8 at 1
+  const F z = u * u, near = u * poly(z, -1.0f / 3, 1.0f / 30, -1.0f / 840, 1.0f / 45360, -1.0f / 3991680);
+  return {v, abs(u) < 1.0f ? near : (both.cos - v) / x};
+}
+
+TORCHLIN_INLINE Pair<F> atan_pair(F u) {
+  const F a = abs(u);
+  const I outer = a > 1.0f;
+  const F t = (outer ? splat(-1.0f) : a) / (outer ? a : splat(1.0f)), z = t * t;
+  // atan t = t + t z A(z), |t| <= 1: 3e-9
+  const F p = t * (z * poly(z, -3.333329856e-01f, 1.999853104e-01f, -1.426405013e-01f, 1.095115393e-01f, -8.400370926e-02f,
+                            5.790401995e-02f, -3.112378903e-02f, 1.088529080e-02f, -1.787013840e-03f)) + t;
+  const F v = outer ? (p - 4.371139e-08f) + 1.5707964f : p;
+  const F square = u * u;
+  return {with_sign_of(v, u), 1.0f / (1.0f + square)};
+}
+
+// ---- powers ----
+
+// log2 and exp2 in double: v log2(u) reaches 150, and its rounding in float alone would be 60 units of the result.
+using Half = typename vector_of<float, kLanes<double>>::type;
+using L = V<int64_t>;
+
+TORCHLIN_INLINE D log2_positive(D x) {  // x > 0, normal
+  constexpr int64_t kBits = 0x3fe5555555555555;  // 2/3
+  // The exponent plus 1024, so that the shift is unsigned, and to double by way of the bits of 2^52: few levels have more.
+  const V<uint64_t> e = ((V<uint64_t>)x - static_cast<uint64_t>(kBits) + (1024ull << 52)) >> 52;
+  const D k = (D)(e | 0x4330000000000000ull) - (0x1p52 + 1024.0);
+  const D m = (D)((V<uint64_t>)x - ((e - 1024) << 52)), s = (m - 1.0) / (m + 1.0), z = s * s;
+  // log2((1 + s)/(1 - s)) = s (2/ln 2 + z L(z)), |s| <= 0.2: 5e-15
+  return k + s * poly(z, 2.8853900817779268, 9.61796693918332002e-01, 5.77078020030251770e-01, 4.12197994488480990e-01,
+                      3.20642180138161037e-01, 2.60706380148146177e-01, 2.50758514057159321e-01);
+}
+TORCHLIN_INLINE D exp2_wide(D y) {  // NaN stays NaN; beyond float's range what becomes 0 or infinity in float
+  constexpr double kMagic = 6755399441055744.0 + 1023.0;
+  const D x = y > 200.0 ? splat(200.0) : y < -200.0 ? splat(-200.0) : y;
+  const D sum = x + kMagic, r = x - (sum - kMagic);
+  // 2^r, |r| <= 1/2: 8e-13
+  const D p = poly(r, 1.0, 6.93147180545938602e-01, 2.40226506954838631e-01, 5.55041094120339723e-02,
+                   9.61812922403087155e-03, 1.33334505650132651e-03, 1.54034149055115929e-04, 1.53100807368265574e-05,
+                   1.32633617700696892e-06);
+  return p * (D)((L)sum << 52);
+}
+TORCHLIN_INLINE F narrow(D low, D high) {
+  const Half parts[2] = {__builtin_convertvector(low, Half), __builtin_convertvector(high, Half)};
+  F v;
+  std::memcpy(&v, parts, sizeof v);
+  return v;
+}
+TORCHLIN_INLINE D widen(F u, int part) {
+  Half h[2];
+  std::memcpy(h, &u, sizeof u);
+  return __builtin_convertvector(h[part], D);
+}
+
+TORCHLIN_INLINE F pow(F u, F v) {
+  const F a = abs(u);
+  D y[2];
+  for (int part = 0; part < 2; ++part) {
+    const D x = widen(a, part);
+    const D log = (x > 0.0) & (x < 1e300) ? log2_positive(x) : x == 0.0 ? splat(-1e300 * 1e300) : x;  // inf and NaN: themselves
+    y[part] = exp2_wide(widen(v, part) * log);
+  }
+  F r = narrow(y[0], y[1]);
+  r = ((a == 1.0f) & (v == v)) | (u == 1.0f) | (v == 0.0f) ? splat(1.0f) : r;
+  const I whole = __builtin_convertvector(least(splat(0x1p24f), abs(v)), I);  // even beyond 2^24
+  const I integral = (__builtin_convertvector(whole, F) == abs(v)) | (abs(v) >= 0x1p24f);
+  const I odd = -(whole & 1) & integral;
+  r = (u < 0.0f) & (a < kInf) & ~integral & (v == v) ? splat(kNaN) : r;
+  return (F)((I)r ^ ((I)sign_bit(u) & odd));
+}
+// Derivatives of pow by u and by v.
+TORCHLIN_INLINE F pow_by_base(F u, F v) { return v == 0.0f ? F{} : v * pow(u, v - 1.0f); }
+TORCHLIN_INLINE F pow_by_exponent(F u, F v, F power) {
+  return (u == 0.0f) & (v >= 0.0f) ? F{} : power * log_pair(u).v;
+}
+
+// ---- double: libm ----
+
+template <class Function>
+TORCHLIN_INLINE D by_lane(Function f, D u) {
+  D v;
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = f(u[i]);
+  return v;
+}
+#define TORCHLIN_LIBM(name, value, derivative)                                     \
+  TORCHLIN_INLINE Pair<D> name##_pair(D u) {                                       \
+    const D v = by_lane([](double x) { return value; }, u);                        \
+    D d;                                                                           \
+    for (int i = 0; i < kLanes<double>; ++i) {                                     \
+      const double x = u[i], f = v[i];                                             \
+      (void)x, (void)f;                                                            \
+      d[i] = derivative;                                                           \
+    }                                                                              \
+    return {v, d};                                                                 \
+  }
+
+namespace libm {
+inline double sigmoid(double x) {
+  const double e = std::exp(-std::fabs(x));
+  return (x >= 0 ? 1.0 : e) / (1.0 + e);
+}
+inline double sech(double x) {
+  const double e = std::exp(-std::fabs(x));
+  return 2.0 * e / (1.0 + e * e);
+}
+inline double tanh_softplus(double x) {
+  const double e = std::exp(x > 40.0 ? 40.0 : x), n = e * (e + 2.0);
+  return n / (n + 2.0);
+}
+inline double tanh_softplus_slope(double x) {
+  if (x > 170.0) return 0.0;
+  const double e = std::exp(x), c = 2.0 / (e * (e + 2.0) + 2.0);
+  return (e * c) * ((e + 1.0) * c);
+}
+inline double sinc_slope(double x, double f) {
+  if (std::fabs(x) > 0.1) return (std::cos(x) - f) / x;
+  const double z = x * x;
+  return x * (-1.0 / 3 + z * (1.0 / 30 + z * (-1.0 / 840 + z * (1.0 / 45360 - z / 3991680))));
+}
+}  // namespace libm
+
+TORCHLIN_LIBM(exp, std::exp(x), f)
+TORCHLIN_LIBM(expm1, std::expm1(x), std::exp(x))
+TORCHLIN_LIBM(log, std::log(x), 1.0 / x)
+TORCHLIN_LIBM(log1p, std::log1p(x), 1.0 / (1.0 + x))
+TORCHLIN_LIBM(tanh, std::tanh(x), libm::sech(x) * libm::sech(x))
+TORCHLIN_LIBM(sigmoid, libm::sigmoid(x), f * libm::sigmoid(-x))
+TORCHLIN_LIBM(softplus, (x > 0 ? x : 0.0) + std::log1p(std::exp(-std::fabs(x))), libm::sigmoid(x))
+TORCHLIN_LIBM(erf, std::erf(x), M_2_SQRTPI * std::exp(-x * x))
+TORCHLIN_LIBM(erfc, std::erfc(x), -M_2_SQRTPI * std::exp(-x * x))
+TORCHLIN_LIBM(sin, std::sin(x), std::cos(x))
+TORCHLIN_LIBM(cos, std::cos(x), -std::sin(x))
+TORCHLIN_LIBM(sinc, x == 0 ? 1.0 : std::sin(x) / x, libm::sinc_slope(x, f))
+TORCHLIN_LIBM(atan, std::atan(x), 1.0 / (1.0 + x * x))
+TORCHLIN_LIBM(sinh, std::sinh(x), std::cosh(x))
+TORCHLIN_LIBM(cosh, std::cosh(x), std::sinh(x))
+TORCHLIN_LIBM(asinh, std::asinh(x), 1.0 / std::hypot(1.0, x))
+TORCHLIN_LIBM(sech, libm::sech(x), -f * std::tanh(x))
+TORCHLIN_LIBM(sqrt, std::sqrt(x), 0.5 / f)
+TORCHLIN_LIBM(tanh_softplus, libm::tanh_softplus(x), libm::tanh_softplus_slope(x))
+TORCHLIN_LIBM(log1p_sigmoid, std::log1p(libm::sigmoid(x)),
+              libm::sigmoid(x) * libm::sigmoid(-x) / (1.0 + libm::sigmoid(x)))
+#undef TORCHLIN_LIBM
+
+TORCHLIN_INLINE D hypot(D k, D u) {
+  D v;
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = std::hypot(k[i], u[i]);
+  return v;
+}
+TORCHLIN_INLINE D pow(D u, D v) {
+  D w;
+  for (int i = 0; i < kLanes<double>; ++i) w[i] = std::pow(u[i], v[i]);
+  return w;
+}
+TORCHLIN_INLINE D pow_by_base(D u, D v) { return v == 0.0 ? D{} : v * pow(u, v - 1.0); }
+TORCHLIN_INLINE D pow_by_exponent(D u, D v, D power) {
+  return (u == 0.0) & (v >= 0.0) ? D{} : power * log_pair(u).v;
+}
+
+// ---- the values alone ----
+
+#define TORCHLIN_UNARY_NAMES(X)                                                                              \
+  X(exp) X(expm1) X(log) X(log1p) X(tanh) X(sigmoid) X(softplus) X(erf) X(erfc) X(sin) X(cos) X(sinc)        \
+  X(atan) X(sinh) X(cosh) X(asinh) X(sech) X(sqrt) X(tanh_softplus) X(log1p_sigmoid)
+#define TORCHLIN_VALUE(name)                                      \
+  TORCHLIN_INLINE F name(F u) { return name##_pair(u).v; }        \
+  TORCHLIN_INLINE D name(D u) { return name##_pair(u).v; }
+TORCHLIN_UNARY_NAMES(TORCHLIN_VALUE)
+#undef TORCHLIN_VALUE
+
+}  // namespace tl

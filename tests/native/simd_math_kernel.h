@@ -1,0 +1,107 @@
+// The functions as loops over arrays, for each level. Each value is computed twice, as itself and as part of a dual number;
+// where the two differ the derivative is reported as -12345.
+#include "simd/math.h"
+#include "simd/dual.h"
+
+template <class C>
+struct Constants {
+  const tests::Call& call;
+  template <class T>
+  TORCHLIN_INLINE tl::constant<T> arg(int i, int j) const {
+    return splat(static_cast<const C*>(call.values)[call.offset[i] + j]);
+  }
+  int length(int i) const { return call.size[i]; }
+};
+
+template <class C, class Vec>
+TORCHLIN_INLINE void put(const tests::Call& call, int64_t at, Vec f, tl::Dual<Vec> u) {
+  const int64_t left = call.n - at;
+  const Vec same = (f == u.v) | ((f != f) & (u.v != u.v)) ? u.d[0] : tl::lit<Vec>(-12345.0);
+  store_n(static_cast<C*>(call.f) + at, f, std::min<int64_t>(left, kLanes<C>));
+  store_n(static_cast<C*>(call.d) + at, same, std::min<int64_t>(left, kLanes<C>));
+}
+
+template <class C, class Op>
+void over_points(const tests::Call& call) {
+  using Vec = V<C>;
+  using Dual = tl::Dual<Vec>;
+  const C* x = static_cast<const C*>(call.x[0]);
+  const C* y = static_cast<const C*>(call.x[1] ? call.x[1] : call.x[0]);
+  const C* z = static_cast<const C*>(call.x[2] ? call.x[2] : call.x[0]);
+  for (int64_t at = 0; at < call.n; at += kLanes<C>) {
+    const int64_t left = std::min<int64_t>(call.n - at, kLanes<C>);
+    const Vec u = load_n(x + at, left), v = load_n(y + at, left), w = load_n(z + at, left);
+    put<C>(call, at, Op::template f<Vec>(u, v, w, Constants<C>{call}),
+           Dual(Op::template f<Dual>(Dual::variable(u), v, w, Constants<C>{call})));
+  }
+}
+
+template <class K>
+struct Functor {
+  template <class T, class A, class B, class P>
+  TORCHLIN_INLINE static T f(T x, A y, B z, const P& p) {
+    if constexpr (K::inputs == 1) return K::f(x, p);
+    else if constexpr (K::inputs == 2) return K::f(x, T(y), p);
+    else return K::f(x, T(y), T(z), p);
+  }
+};
+
+#define UNARY(name)                                                           \
+  struct Of_##name {                                                          \
+    template <class T, class A, class P>                                      \
+    TORCHLIN_INLINE static T f(T x, A, A, const P&) {                         \
+      return tl::name(x);                                                     \
+    }                                                                         \
+  };
+TORCHLIN_UNARY_NAMES(UNARY)
+UNARY(abs)
+UNARY(sign)
+#undef UNARY
+#define BINARY(name, expression)                                              \
+  struct Of_##name {                                                          \
+    template <class T, class A, class P>                                      \
+    TORCHLIN_INLINE static T f(T x, A y, A z, const P&) {                     \
+      (void)z;                                                                \
+      return expression;                                                      \
+    }                                                                         \
+  };
+BINARY(max, tl::max(x, y))
+BINARY(max_of_constant, tl::max(y, x))
+BINARY(min, tl::min(x, y))
+BINARY(min_of_constant, tl::min(y, x))
+BINARY(clamp, tl::clamp(x, y, z))
+BINARY(hypot, tl::hypot(x, y))
+BINARY(pow, tl::pow(x, y))
+BINARY(pow_of_constant, tl::pow(y, x))
+BINARY(where_gt, tl::where(tl::gt(x, y), x * x, z))
+BINARY(ste, tl::ste(tl::sign(x), x * y))
+#undef BINARY
+
+#define TORCHLIN_BINARY_NAMES(X) \
+  X(max) X(max_of_constant) X(min) X(min_of_constant) X(clamp) X(hypot) X(pow) X(pow_of_constant) X(where_gt) X(ste)
+
+#if TORCHLIN_ISA_BYTES == TORCHLIN_TEST_FUNCTORS
+#include "kernels.inc"
+#include "shard_00.inc"
+#endif
+
+template <class C>
+void (*find(const std::string& name))(const tests::Call&) {
+#define CASE(label) \
+  if (name == #label) return over_points<C, Of_##label>;
+  TORCHLIN_UNARY_NAMES(CASE)
+  TORCHLIN_BINARY_NAMES(CASE)
+  CASE(abs)
+  CASE(sign)
+#undef CASE
+#if TORCHLIN_ISA_BYTES == TORCHLIN_TEST_FUNCTORS
+#define CASE(K, label, id, inputs, slots) \
+  if (name == "K_" label) return over_points<C, Functor<K>>;
+  if constexpr (std::is_same_v<C, float>) {
+    TORCHLIN_KERNELS(CASE)
+  }
+#undef CASE
+#endif
+  return nullptr;
+}
+#undef TORCHLIN_BINARY_NAMES

@@ -1,0 +1,111 @@
+"""The table of kernels: which functions the compiled library has, and what each name of the catalogue hands
+to which.
+
+Two names share a kernel when their formulas, rewritten, differ only in numbers that the host computes: celu
+is mpelu with slots (1/a, a) instead of (b, a). So the table has fewer rows than the catalogue.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from . import Activation, catalogue
+from .formula import Node, Param, param, substitute
+from .rewrite import Prepared, Slot, prepare
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function of the compiled library: of inputs, element by element, and of slots."""
+
+    name: str  # that of the first activation that has it
+    inputs: tuple[str, ...]
+    body: Node
+    vector_slots: tuple[bool, ...]  # for each slot: a coefficient vector, or one number
+
+    @property
+    def id(self) -> int:
+        """A number that depends on the name alone, so that adding activations moves nothing."""
+        return zlib.crc32(self.name.encode()) & 0x7FFFFFFF
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an activation is computed: a kernel, and the expressions in the parameters that fill its slots."""
+
+    kernel: Kernel
+    slots: tuple[Node, ...]
+
+
+def nonnegative(activation: Activation) -> frozenset[str]:
+    """Parameters whose domain excludes negative numbers; the rewrites rely on it."""
+    return frozenset(p.name for p in activation.parameters.values() if p.low >= 0)
+
+
+@functools.cache
+def _prepared(name: str, training: bool) -> Prepared:
+    activation = catalogue()[name]
+    graph = activation.graph if training else activation.eval_graph
+    assert graph is not None
+    return prepare(graph, nonnegative(activation))
+
+
+def _inputs(activation: Activation, training: bool) -> tuple[str, ...]:
+    noise = tuple(n.name for n in activation.noises.values() if not n.like) if training else ()
+    return (*activation.inputs, *noise)
+
+
+@functools.cache
+def kernels() -> Mapping[str, Kernel]:
+    """Every kernel by name, in the order of the catalogue; those for evaluating what is random come last."""
+    found: dict[tuple[Node, tuple[str, ...]], Kernel] = {}
+    roots = [a for a in catalogue().values() if a.root is a and a.graph is not None]
+    for training in (True, False):
+        for a in roots:
+            if not training and not a.noises:
+                continue
+            prepared = _prepared(a.name, training)
+            key = prepared.body, _inputs(a, training)
+            if key not in found:
+                name = a.name if training else f"{a.name}_eval"
+                found[key] = Kernel(name, key[1], prepared.body, tuple(s.is_vector for s in prepared.slots))
+    table = {k.name: k for k in found.values()}
+    assert len(table) == len(found) == len({k.id for k in table.values()}), "two kernels with one name or id"
+    return MappingProxyType(table)
+
+
+@functools.cache
+def _by_body() -> Mapping[tuple[Node, tuple[str, ...]], Kernel]:
+    return {(k.body, k.inputs): k for k in kernels().values()}
+
+
+@functools.cache
+def plan(name: str, training: bool = True) -> Plan | None:
+    """The plan of a name of the catalogue; None where code takes the place of a formula.
+
+    Args:
+        training: with noise as inputs; otherwise with what takes its place in evaluation.
+    """
+    activation = catalogue()[name]
+    root = activation.root
+    if root.graph is None:
+        return None
+    training = training or not root.noises
+    prepared = _prepared(root.name, training)
+    own = {param(p.name, p.is_vector): activation.root_bindings[p.name] for p in root.parameters.values()}
+    kernel = _by_body()[prepared.body, _inputs(root, training)]
+    return Plan(kernel, tuple(substitute(s, own) for s in prepared.slots))
+
+
+def with_named_slots(body: Node) -> Node:
+    """The body as a formula that can be printed and evaluated: slot i becomes the parameter p{i}."""
+    named: dict[Node, Node] = {s: param(f"p{s.index}", s.vector) for s in body.walk() if isinstance(s, Slot)}
+    return substitute(body, named)
+
+
+def parameters_of(node: Node) -> set[str]:
+    return {p.name for p in node.walk() if isinstance(p, Param)}
