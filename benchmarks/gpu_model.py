@@ -1,7 +1,7 @@
 """What nvcc says of each CUDA kernel, and the time it should take on an H100, to hold against the first run.
 
 `python benchmarks/gpu_model.py` compiles `csrc/hadamard/op.cu` for one architecture (no GPU needed), writes
-`results/ptxas_sm90.csv` (registers, shared memory, spills) and `results/gpu_model_hadamard.csv` (prediction).
+`results/gpu_model/ptxas_sm90.csv` (registers, shared memory, spills) and `results/gpu_model/hadamard.csv` (prediction).
 
 The model counts, per element, bytes of global memory, instructions and bytes of shared memory, and divides by
 what the chip can do. A block works in phases (load, transform, exchange, store); what is not the bottleneck
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results" / "gpu_model"
 ARCH = "sm_90"
 
 
@@ -266,9 +266,9 @@ def main() -> None:
     kernels = parse_ptxas(compile_ptx(ROOT / "build" / "tests" / "ptxas")[1])
     RESULTS.mkdir(exist_ok=True)
     write_csv(RESULTS / "ptxas_sm90.csv", kernels)
-    write_csv(RESULTS / "gpu_model_hadamard.csv", model(kernels))
+    write_csv(RESULTS / "hadamard.csv", model(kernels))
     print(
-        f"{len(kernels)} kernels: {RESULTS / 'ptxas_sm90.csv'}, {RESULTS / 'gpu_model_hadamard.csv'}",
+        f"{len(kernels)} kernels: {RESULTS / 'ptxas_sm90.csv'}, {RESULTS / 'hadamard.csv'}",
         file=sys.stderr,
     )
 

@@ -87,5 +87,5 @@ def test_the_kept_tables_are_of_these_kernels(kernels):
             for row in csv.DictReader(file)
         ]
     assert kept == [{name: str(k[name]) for name in ("kernel", "bits", "mma", "from", "to")} for k in kernels]
-    with (gpu_model.RESULTS / "gpu_model_hadamard.csv").open() as file:
+    with (gpu_model.RESULTS / "hadamard.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(gpu_model.model(kernels))
