@@ -871,3 +871,25 @@ def test_page_runs() -> None:
     assert torch.equal(namespace["same"].signs, namespace["rotate"].signs)
     y = torch.randn(2, 576)
     torch.testing.assert_close(namespace["undo"](namespace["rotate"](y)), y)
+
+
+# --------------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "shape", [(4096, 1024), (4096, 576), (3, 1 << 17)], ids=["rows", "composite", "workspace"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=battery.dtype_name)
+def test_side_stream(shape, dtype):
+    """Kernels run on torch's current stream: they wait for what was queued there before them."""
+    x = torch.randn(shape, device="cuda", dtype=dtype)
+    late = torch.full_like(x, torch.nan)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # cycles: on any other stream the kernel would read the NaN
+        late.copy_(x)
+        y = hadamard_transform(late)
+    side.synchronize()
+    assert torch.equal(y, hadamard_transform(x))
