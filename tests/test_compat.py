@@ -137,3 +137,15 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(compat.hadamard_transform_20N, fullgraph=True, backend="aot_eager")
     expected = compat.hadamard_transform_20N(x)
     torch.testing.assert_close(compiled(x), expected)
+
+
+def test_a_first_call_while_tracing_keeps_a_real_matrix():
+    class Rotate(torch.nn.Module):
+        def forward(self, x):
+            return compat.hadamard_transform_28N(x)
+
+    compat._made.pop((28, torch.device("cpu")), None)
+    x = torch.randn(3, 56)
+    exported = torch.export.export(Rotate(), (x,), strict=False)  # runs the function on fake tensors
+    torch.testing.assert_close(exported.module()(x), compat.hadamard_transform_28N(x))
+    assert type(compat._made[28, x.device]) is torch.Tensor

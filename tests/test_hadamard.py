@@ -99,9 +99,7 @@ def emulated_kernels() -> dict[str, Any]:
         write(x, *arguments, out)
         return out
 
-    def last(
-        x: Tensor, scale: float | None = None
-    ) -> Tensor:  # on the CPU only; on a GPU it is _hadamard_fwd
+    def last(x: Tensor, scale: float | None = None) -> Tensor:
         n = x.shape[-1]
         return make(x, n**-0.5 if scale is None else scale, x.dim() - 1, n, None, None, False)
 
@@ -578,6 +576,7 @@ def bad_inputs() -> Iterator[Any]:
         ("dim high", V, r"dim must be in \[-2, 1\].*got 2", x(), {"dim": 2}),
         ("dim low", V, r"dim must be in \[-2, 1\].*got -3", x(), {"dim": -3}),
         ("dim float", T, r"dim must be an int, got float", x(), {"dim": 1.0}),
+        ("dim float that equals the default", T, r"dim must be an int, got float", x(), {"dim": -1.0}),
         ("block 3", V, r"block_size must be.*divisor.*8.*got 3", x(), {"block_size": 3}),
         ("block 0", V, r"block_size.*got 0", x(), {"block_size": 0}),
         ("block -4", V, r"block_size.*got -4", x(), {"block_size": -4}),

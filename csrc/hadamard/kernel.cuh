@@ -3,8 +3,9 @@
 // the transform, or null.
 //
 //   kernel_rows.cuh  powers of two up to 2^15 along a contiguous axis: radix-16..64 in registers, or tensor
-//   cores and registers kernel_tile.cuh  everything else: any K * 2^k, any strides, double, and the passes of
-//   orders beyond one block
+//                    cores and registers
+//   kernel_tile.cuh  everything else: any K * 2^k, any strides, double, and the passes of orders beyond one
+//                    block
 #pragma once
 
 #include "gpu/math.cuh"

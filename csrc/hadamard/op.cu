@@ -1,3 +1,4 @@
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -79,6 +80,12 @@ Tensor hadamard_fwd(const Tensor& x, double scale, int64_t dim, int64_t order,
   return out;
 }
 
+Tensor hadamard_last(const Tensor& x, std::optional<double> scale) {
+  TORCHLIN_CHECK(x.dim() > 0, "hadamard: x has no dimension");
+  const int64_t dim = x.dim() - 1, n = x.size(dim);
+  return hadamard_fwd(x, scale ? *scale : 1 / std::sqrt(static_cast<double>(n)), dim, n, {}, {}, false);
+}
+
 void hadamard_out(const Tensor& x, double scale, int64_t dim, int64_t order,
                   const std::optional<Tensor>& signs, const std::optional<Tensor>& had_k, bool transpose,
                   Tensor out) {
@@ -90,5 +97,6 @@ void hadamard_out(const Tensor& x, double scale, int64_t dim, int64_t order,
 
 STABLE_TORCH_LIBRARY_IMPL(torchlin, CUDA, m) {
   TORCHLIN_IMPL(m, "_hadamard_fwd", torchlin::hadamard_fwd);
+  TORCHLIN_IMPL(m, "_hadamard_last", torchlin::hadamard_last);
   TORCHLIN_IMPL(m, "_hadamard_out", torchlin::hadamard_out);
 }

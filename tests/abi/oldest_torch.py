@@ -33,8 +33,10 @@ print("torch", torch.__version__, "CUDA", torch.version.cuda, "python", sys.vers
 for device, state in library.status().items():
     print(device, "loaded" if state.loaded else "MISSING: " + state.reason)
     assert state.loaded
-for key in ("CPU", "CUDA"):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("torchlin::_hadamard_fwd", key), key
+for name in library.ops():
+    for key in ("CPU", "CUDA"):
+        if name.startswith("_hadamard_"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key("torchlin::" + name, key), (name, key)
 x = torch.randn(5, 576, dtype=torch.float64, requires_grad=True)
 y = torchlin.functional.hadamard_transform(x)
 h = torchlin.hadamard_matrix(576).double() / 24

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 import torchlin
+from torchlin import _library
 
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = sorted(Path(torchlin.__file__).parent.glob("_*.so"))
 
 
@@ -36,6 +38,17 @@ def test_cpu_library_is_built():
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="_cuda is only built where nvcc is found")
 def test_cuda_library_is_built():
     assert any(path.name.startswith("_cuda.") for path in LIBRARIES)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="_cuda is only built where nvcc is found")
+def test_cuda_library_serves_every_op_of_its_families():
+    """A CPU torch cannot load _cuda, but the names that it registers stand in it."""
+    (cuda,) = (path for path in LIBRARIES if path.name.startswith("_cuda."))
+    content = cuda.read_bytes()
+    families = [source.parent.name for source in (ROOT / "csrc").glob("*/op.cu")]
+    ops = [name for name in _library.ops() if name.startswith(tuple(f"_{family}_" for family in families))]
+    assert ops
+    assert not [name for name in ops if name.encode() + b"\0" not in content]
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
@@ -75,8 +88,7 @@ class TestLibrary:
 
     def test_no_build_paths(self, library):
         """Error texts and debug information carry relative paths only."""
-        root = str(Path(__file__).resolve().parents[2])
-        assert root.encode() not in library.read_bytes()
+        assert str(ROOT).encode() not in library.read_bytes()
 
     def test_stripped(self, library):
         done = subprocess.run(["readelf", "-S", str(library)], check=True, capture_output=True, text=True)

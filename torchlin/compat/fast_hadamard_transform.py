@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchlin import functional
 from torchlin.ops._checks import check_float_tensor
-from torchlin.ops.hadamard import hadamard_transform_reference
+from torchlin.ops.hadamard import hadamard_transform_reference, make_constant
 from torchlin.ops.hadamard_constructions import paley_1, paley_2, sylvester, williamson
 from torchlin.ops.hadamard_matrix import hadamard_order
 
@@ -101,7 +101,7 @@ def _composite(x: Tensor, scale: float, k: int) -> Tensor:
 def _matrix(k: int, device: torch.device) -> Tensor:
     key = (k, device)
     if key not in _made:
-        _made[key] = _MATRICES[k]().to(device)
+        _made[key] = make_constant(_MATRICES[k], device)
     return _made[key]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -70,7 +70,6 @@ def _reference(
     size = x.shape[dim]
     rows = x.movedim(dim, -1).to(compute_dtype(x.dtype))  # (..., N)
     y = rows if signs is None or transpose else rows * signs
-    k = 1 if had_k is None else had_k.size(0)
     y = y.reshape(*rows.shape[:-1], size // order * k, order // k)  # (..., blocks · K, P)
     half = 1
     while half < order // k:  # radix-2 butterflies over the fast index
@@ -144,6 +143,7 @@ def hadamard_transform(
     if (
         x.__class__ is Tensor
         and dim == -1
+        and dim.__class__ is int
         and signs is block_size is had_k is out is None
         and (scale is None or scale.__class__ is float)
         and not inplace
@@ -298,13 +298,17 @@ def _k_of(order: int) -> int:
 def _core_on(k: int, device: torch.device) -> Tensor:
     """H_K as the kernels want it, kept for every device that asked."""
     key = (k, device)
-    core = _cores.get(key)
-    if core is None:
-        # A kept tensor must be a real one, whatever mode (fake tensors, inference) its first caller is in.
-        with _disable_current_modes(), torch.inference_mode(False):
-            core = _cores[key] = core_matrix(k).to(device, copy=True)
-        core._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
-    return core
+    if key not in _cores:
+        _cores[key] = make_constant(lambda: core_matrix(k), device)
+    return _cores[key]
+
+
+def make_constant(make: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """A matrix to keep: a real tensor whatever mode (fake tensors, inference) its first caller is in, of static shape."""
+    with _disable_current_modes(), torch.inference_mode(False):
+        matrix = make().to(device, copy=True)
+    matrix._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
+    return matrix
 
 
 # torch.compiler.assume_constant_result, and mark_static above, without their import of the whole compiler: a traced graph
