@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchlin import registry
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -25,3 +27,11 @@ def _seeded() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry with all that is registered, whose additions end with the test."""
+    registry.names("transform")  # loads the plug-ins first
+    entries = {kind: dict(table) for kind, table in registry._entries.items()}
+    monkeypatch.setattr(registry, "_entries", entries)

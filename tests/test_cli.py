@@ -27,11 +27,7 @@ def run(*argv: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
 
 
 @pytest.fixture(autouse=True)
-def _names(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.names("transform")
-    monkeypatch.setattr(
-        registry, "_entries", {kind: dict(table) for kind, table in registry._entries.items()}
-    )
+def _names(own_registry: None) -> None:
     registry.register("activation", "test_both", dict)
     registry.register("loss", "test_both", list, aliases=("test_alias",))
 

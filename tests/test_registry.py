@@ -25,13 +25,7 @@ from torchlin.registry import UnknownNameError
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.fixture(autouse=True)
-def _scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names that a test registers are gone after it."""
-    registry.names("transform")  # what is installed is loaded for good
-    monkeypatch.setattr(
-        registry, "_entries", {kind: dict(table) for kind, table in registry._entries.items()}
-    )
+pytestmark = pytest.mark.usefixtures("own_registry")
 
 
 class Cube(nn.Module):

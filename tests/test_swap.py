@@ -17,11 +17,7 @@ from torchlin.registry import UnknownNameError
 
 
 @pytest.fixture(autouse=True)
-def _cube(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.names("activation")
-    monkeypatch.setattr(
-        registry, "_entries", {kind: dict(table) for kind, table in registry._entries.items()}
-    )
+def _cube(own_registry: None) -> None:
     registry.register("activation", "test_cube", Cube)
     registry.register("norm", "test_layer_norm", nn.LayerNorm)
 
