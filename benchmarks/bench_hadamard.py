@@ -12,34 +12,18 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchlin import _library
-from torchlin._console import progress, table
 from torchlin.benchmarks import ceilings
 from torchlin.benchmarks import hadamard_rivals as rivals
-from torchlin.benchmarks.harness import TABLE_COLUMNS, Case, Relation, Samples, Session, line
+from torchlin.benchmarks.harness import Case, Relation, Samples, Session
+from torchlin.benchmarks.program import MIB, OURS, Program, Sections, bytes_of, compiled, power_name, randn
 from torchlin.functional import hadamard_transform
 from torchlin.ops.hadamard import hadamard_transform_reference
 from torchlin.ops.hadamard_matrix import core_matrix, hadamard_order
-
-FAMILY = "hadamard"
-MIB = 1 << 20
-OURS = "torchlin"
-
-
-def name_of(n: int) -> str:
-    """2^k for a power of two, else the number itself."""
-    return f"2^{n.bit_length() - 1}" if n & (n - 1) == 0 else str(n)
-
-
-def bytes_of(total: int) -> str:
-    """In MiB or KiB."""
-    return f"{total // MIB} MiB" if total >= MIB else f"{total // 1024} KiB"
 
 
 def reference(x: Tensor, **how: Any) -> Tensor:
@@ -47,11 +31,6 @@ def reference(x: Tensor, **how: Any) -> Tensor:
     if how.get("signs") is not None:
         how["signs"] = how["signs"].double()
     return hadamard_transform_reference(x.double(), **how)
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    generator = torch.Generator(device).manual_seed(0)
-    return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
 
 def ours_inplace(x: Tensor, name: str = OURS) -> Case:
@@ -115,7 +94,7 @@ def hot_rows(session: Session, powers: Sequence[int]) -> None:
             "hot in cache",
             [case, cycles],
             [Relation(OURS, cycles.name, goals.get(power, ""))],
-            size=name_of(n),
+            size=power_name(n),
             shape=(max(1, L1_FLOATS // n), n),
             dtype=torch.float32,
             unit="element",
@@ -135,7 +114,7 @@ def streaming_rows(session: Session, powers: Sequence[int], total: int) -> None:
             f"streaming, {bytes_of(total)}",
             [ours_inplace(x), ceilings.copy(x, target.view_as(x))],
             [Relation(OURS, "memcpy", goals.get(power, ""))],
-            size=name_of(1 << power),
+            size=power_name(1 << power),
             shape=x.shape,
             dtype=x.dtype,
             unit="element",
@@ -153,7 +132,7 @@ def half_rows(session: Session, powers: Sequence[int], total: int) -> None:
                 f"16-bit against fp32, per element, streaming, {bytes_of(total)}",
                 [ours_inplace(short, name), dataclasses.replace(ours_inplace(full, "float32"), result=None)],
                 [Relation("float32", name, goal)],
-                size=name_of(n),
+                size=power_name(n),
                 shape=short.shape,
                 dtype=dtype,
                 unit="element",
@@ -162,18 +141,6 @@ def half_rows(session: Session, powers: Sequence[int], total: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- plain torch
-
-
-def compiled(function: Callable[..., Tensor], *example: Any) -> Callable[..., Tensor] | None:
-    """torch.compile of a function, tried out; None where it does not work here (no C++ compiler, for one)."""
-    try:
-        torch._dynamo.reset()  # a recompilation limit is shared by all sizes otherwise
-        fast = torch.compile(function, fullgraph=True, dynamic=False)
-        fast(*example)
-    except Exception as error:
-        print(f"torch.compile is left out: {str(error).splitlines()[0]}", file=sys.stderr)
-        return None
-    return fast
 
 
 def torch_rows(session: Session, powers: Sequence[int], rows: int, with_compile: bool) -> None:
@@ -215,7 +182,7 @@ def torch_rows(session: Session, powers: Sequence[int], rows: int, with_compile:
             "plain torch over ours",
             cases,
             relations,
-            size=name_of(n),
+            size=power_name(n),
             shape=x.shape,
             dtype=x.dtype,
             expected=reference(x, scale=1.0),
@@ -231,7 +198,7 @@ def composite_rows(session: Session, orders: Sequence[int], total: int) -> None:
         above = 1 << n.bit_length()
         goal = "<=1.5" if k <= 60 else "<=2.5" if k == 172 else ""
         size = f"{n} = {k}*{n // k}"
-        names = (OURS, f"n = {name_of(above)}")
+        names = (OURS, f"n = {power_name(above)}")
         x = randn(max(1, L1_FLOATS // n), n)
         session.compare(
             "composite order over the next power of two, per element, hot in cache",
@@ -286,7 +253,7 @@ def peer_rows(session: Session, powers: Sequence[int], total: int) -> None:
             f"packages over ours, {bytes_of(total)}",
             [*ours.values(), *(case for _, case in theirs)],
             [Relation(peer.name, ours[peer.inplace].name, ">=1") for peer, _ in theirs],
-            size=name_of(n),
+            size=power_name(n),
             shape=x.shape,
             dtype=x.dtype,
             expected=reference(x, scale=1.0),
@@ -348,7 +315,7 @@ def strided_rows(session: Session, powers: Sequence[int], total: int) -> None:
             "a dim that is not last, against transposing twice",
             [Case(OURS, ours, result=ours), Case("transposing copies", by_copies, result=by_copies)],
             [Relation("transposing copies", OURS)],
-            size=name_of(n),
+            size=power_name(n),
             shape=x.shape,
             dtype=x.dtype,
             expected=reference(x, dim=1),
@@ -378,7 +345,7 @@ def signs_rows(session: Session, sizes: Sequence[int], total: int) -> None:
                 Case("x * signs first", two_steps, alloc="out=", result=two_steps),
             ],
             [Relation(OURS, "no signs"), Relation("x * signs first", OURS)],
-            size=name_of(n),
+            size=power_name(n),
             shape=x.shape,
             dtype=x.dtype,
             expected=reference(x, signs=signs),
@@ -417,7 +384,7 @@ def backward_rows(session: Session, sizes: Sequence[int], total: int, with_compi
                 "plain torch over ours, grad of x and signs",
                 cases,
                 [Relation(name, OURS) for name in functions if name != OURS],
-                size=name_of(n),
+                size=power_name(n),
                 shape=x.shape,
                 dtype=x.dtype,
                 direction=direction,
@@ -461,7 +428,7 @@ def gpu_rows(session: Session, powers: Sequence[int], quick: bool) -> None:
                     f"GPU, {place}",
                     cases,
                     relations,
-                    size=name_of(n),
+                    size=power_name(n),
                     shape=(rows, n),
                     dtype=dtype,
                     expected=reference(xs[0]),
@@ -471,12 +438,12 @@ def gpu_rows(session: Session, powers: Sequence[int], quick: bool) -> None:
 # ------------------------------------------------------------------------------------------------------- main
 
 
-def sections(session: Session, stream_mib: int, with_compile: bool) -> dict[str, Callable[[], None]]:
-    """What can be measured on the session's device, by the names that --only takes."""
-    quick = session.quick
+def sections(session: Session, args: argparse.Namespace) -> Sections:
+    """What can be measured on the session's device."""
+    quick, with_compile = session.quick, not (args.no_compile or session.quick)
     if session.device == "cuda":
         return {"gpu": lambda: gpu_rows(session, [8] if quick else range(5, 16), quick)}
-    total = 1 << 18 if quick else stream_mib * MIB
+    total = 1 << 18 if quick else args.stream_mib * MIB
     cached = 1 << 16 if quick else MIB
     powers = [8, 10]
     composites = [576] if quick else [576, 768, 896, 1280, 1408, 3584, 3840, 5120, 6656, 11008, 13824, 14336]
@@ -503,43 +470,13 @@ def sections(session: Session, stream_mib: int, with_compile: bool) -> dict[str,
     return every
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark and prints its table; returns the process's exit status."""
-    parser = argparse.ArgumentParser(prog="torchlin bench hadamard", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="small sizes and few repeats: does it run, not how fast is it"
-    )
-    parser.add_argument("--only", default="", metavar="A,B", help="sections to run")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream-mib", type=int, default=64, help="size of the streaming rows (64)")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--out", type=Path, help="folder of the results file")
-    args = parser.parse_args(argv)
-    if not _library.has_kernel(args.device):
-        print(
-            f"no {args.device} kernels to measure: {_library.status()[args.device].reason}", file=sys.stderr
-        )
-        return 1
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
-        partial = bool(args.only) or args.stream_mib != 64
-        session = Session(FAMILY, args.out, args.quick, args.threads, args.device, partial)
-        every = sections(session, args.stream_mib, not (args.no_compile or args.quick))
-        wanted = args.only.split(",") if args.only else list(every)
-        if unknown := set(wanted) - set(every):
-            parser.error(f"--only: no section {', '.join(sorted(unknown))}; there are {', '.join(every)}")
-        with progress(len(wanted), "measuring") as bar:
-            for name in wanted:
-                every[name]()
-                bar.advance(description=name)
-    finally:
-        torch.set_num_threads(threads)
-    table(f"Hadamard transform\n{session.heading}", TABLE_COLUMNS, [line(row) for row in session.rows])
-    print(f"rows appended to {session.file}")
-    return 0
 
+
+main = Program(
+    "hadamard", "Hadamard transform", __doc__, sections, options, unusual=lambda args: args.stream_mib != 64
+).main
 
 if __name__ == "__main__":
     sys.exit(main())
