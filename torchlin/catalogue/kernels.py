@@ -8,13 +8,14 @@ is mpelu with slots (1/a, a) instead of (b, a). So the table has fewer rows than
 from __future__ import annotations
 
 import functools
+import hashlib
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from . import Activation, catalogue
-from .formula import Node, Param, param, substitute
+from . import Activation, catalogue, find
+from .formula import Call, Node, Number, Param, input_, param, substitute
 from .rewrite import Prepared, Slot, prepare
 
 
@@ -48,7 +49,7 @@ def nonnegative(activation: Activation) -> frozenset[str]:
 
 @functools.cache
 def _prepared(name: str, training: bool) -> Prepared:
-    activation = catalogue()[name]
+    activation = find(name)
     graph = activation.graph if training else activation.eval_graph
     assert graph is not None
     return prepare(graph, nonnegative(activation))
@@ -90,15 +91,42 @@ def plan(name: str, training: bool = True) -> Plan | None:
     Args:
         training: with noise as inputs; otherwise with what takes its place in evaluation.
     """
-    activation = catalogue()[name]
+    activation = find(name)
     root = activation.root
     if root.graph is None:
         return None
     training = training or not root.noises
     prepared = _prepared(root.name, training)
     own = {param(p.name, p.is_vector): activation.root_bindings[p.name] for p in root.parameters.values()}
-    kernel = _by_body()[prepared.body, _inputs(root, training)]
+    inputs = _inputs(root, training)
+    kernel = _by_body().get((prepared.body, inputs)) or _of_no_file(prepared, inputs)
     return Plan(kernel, tuple(substitute(s, own) for s in prepared.slots))
+
+
+def _of_no_file(prepared: Prepared, inputs: tuple[str, ...]) -> Kernel:
+    """The kernel of an activation that was added: one of the table where that computes the same, else one that is named
+    by its content, so that it is the same in every process."""
+    usual = ("x",) if len(inputs) == 1 else ("a", "b", "c")[: len(inputs)]
+    body = substitute(prepared.body, {input_(a): input_(b) for a, b in zip(inputs, usual, strict=True)})
+    if found := _by_body().get((body, usual)):
+        return found
+    place: dict[Node, int] = {}
+    digest = hashlib.sha256()
+    for part in body.walk():  # not its text, in which what is shared is written out
+        place[part] = len(place)
+        own = (
+            part.op
+            if isinstance(part, Call)
+            else part.value.hex()
+            if isinstance(part, Number)
+            else repr(part)
+        )
+        digest.update(f"{own} {[place[arg] for arg in part.args]}\n".encode())
+    kernel = Kernel(
+        f"formula_{digest.hexdigest()[:16]}", usual, body, tuple(s.is_vector for s in prepared.slots)
+    )
+    assert kernel.id not in {k.id for k in kernels().values()}, "two kernels with one id"
+    return kernel
 
 
 def with_named_slots(body: Node) -> Node:

@@ -1,0 +1,197 @@
+"""Compiles a C++ source at run time, once: the shared library stays in a folder that only its owner can write to.
+
+A library's file name is a hash of everything that went into it. Its last bytes are a digest of the rest, so that a file
+that was cut short or altered is compiled again, not loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+# Those of setup.py: a formula that is compiled here gets the bits that it would get there.
+_FLAGS = (
+    "-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=fast", "-w",
+)  # fmt: skip
+_MAGIC = b"torchlin"
+_TIMEOUT = 120.0  # seconds; the longest formulas take some ten
+
+
+class CompileError(RuntimeError):
+    """A source that was not compiled; the message has the reason, or what the compiler said."""
+
+
+def headers() -> Path:
+    """The folder of the C++ headers: in the package where torchlin was installed from a wheel, else that of the source tree."""
+    for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
+        if (folder / "simd" / "simd.h").is_file():
+            return folder
+    raise CompileError("torchlin's C++ headers were not installed with it")
+
+
+def cache_folder() -> Path:
+    """`TORCHLIN_CACHE`, or the user's folder for such files."""
+    if chosen := os.environ.get("TORCHLIN_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # the XDG specification: a relative path is to be ignored
+        base = str(Path("~/Library/Caches" if sys.platform == "darwin" else "~/.cache").expanduser())
+    return Path(base) / "torchlin"
+
+
+def find_compiler() -> tuple[str, ...]:
+    """The C++ compiler as the first words of a command: `CXX`, or what is called c++, g++ or clang++.
+
+    Raises:
+        CompileError: there is none.
+    """
+    if chosen := shlex.split(os.environ.get("CXX", "")):
+        if shutil.which(chosen[0]) is None:
+            raise CompileError(f"CXX={os.environ['CXX']}: there is no program {chosen[0]!r}")
+        return tuple(chosen)
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if found is None:
+        raise CompileError("no C++ compiler: none of c++, g++ and clang++ is on PATH, and CXX is not set")
+    return (found,)
+
+
+def shared_library(stem: str, source: str, flags: tuple[str, ...] = ()) -> Path:
+    """The compiled form of a source that includes torchlin's headers; from the cache where it has it.
+
+    Raises:
+        CompileError: no compiler, one that fails or takes too long, or a cache folder that is not safe to load code from.
+    """
+    compiler = find_compiler()
+    command = (*compiler, *_FLAGS, *flags)
+    text = "\0".join((source, _headers_text(headers()), _version(compiler), *command))
+    folder = _private_folder()
+    path = folder / f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.so"
+    if not _is_intact(path):
+        with _lock(folder / f"{path.stem}.lock"):
+            if not _is_intact(path):  # by another process, while this one waited
+                _build(command, source, path)
+    return path
+
+
+@functools.cache
+def _headers_text(folder: Path) -> str:
+    files = sorted(path for family in ("activation", "simd") for path in folder.joinpath(family).glob("*.h"))
+    return "\0".join(f"{path.name}\0{path.read_text(encoding='utf-8')}" for path in files)
+
+
+@functools.cache
+def _version(compiler: tuple[str, ...]) -> str:
+    done = _run((*compiler, "--version"))
+    if done.returncode != 0:
+        raise CompileError(f"{shlex.join(compiler)} --version fails: {_said(done)}")
+    return done.stdout
+
+
+def _run(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise CompileError(f"{command[0]} took longer than {_TIMEOUT:g} s") from None
+    except OSError as error:
+        raise CompileError(f"{command[0]} does not start: {error}") from error
+
+
+def _said(done: subprocess.CompletedProcess[str]) -> str:
+    text = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
+    return "\n".join([*text[:20], "..."] if len(text) > 20 else text)
+
+
+def _build(command: tuple[str, ...], source: str, path: Path) -> None:
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as work:
+            written, library = Path(work) / "kernel.cpp", Path(work) / "kernel.so"
+            written.write_text(source, encoding="utf-8")
+            done = _run((*command, f"-I{headers()}", str(written), "-o", str(library)))
+            if done.returncode != 0 or not library.is_file():
+                raise CompileError(f"{command[0]} fails: {_said(done)}")
+            content = library.read_bytes()
+            with library.open("ab") as file:
+                file.write(_MAGIC + hashlib.sha256(content).digest())
+            library.chmod(0o700)
+            library.replace(path)  # in one step: another process sees the whole file or none
+    except OSError as error:
+        raise CompileError(f"cannot write to the cache folder {path.parent}: {error}") from error
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        # Whose file it is matters: the one that is loaded runs as this user.
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            info = os.fstat(file.fileno())
+            if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
+                return False
+            content = file.read()
+    except OSError:
+        return False
+    tail = len(_MAGIC) + hashlib.sha256().digest_size
+    return content[-tail:] == _MAGIC + hashlib.sha256(content[:-tail]).digest()
+
+
+def _private_folder() -> Path:
+    folder = cache_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = folder.resolve()
+        if not os.access(folder, os.W_OK):
+            raise CompileError(
+                f"the cache folder {folder} cannot be written to: set TORCHLIN_CACHE to one that can"
+            )
+        for place in (folder, *folder.parents):
+            info = place.stat()
+            # Others may write beside, where the sticky bit keeps them from what is not theirs (/tmp), but not into it.
+            others = 0o022 if place == folder else 0 if info.st_mode & stat.S_ISVTX else 0o002
+            if info.st_mode & others or (place == folder and info.st_uid != os.geteuid()):
+                raise CompileError(
+                    f"the cache folder {folder} is not safe to load code from: others can write to {place}; "
+                    "take that right away (chmod go-w), or set TORCHLIN_CACHE to a folder of your own"
+                )
+    except OSError as error:
+        raise CompileError(
+            f"no cache folder: {error}; set TORCHLIN_CACHE to one that can be written to"
+        ) from error
+    return folder
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Keeps two processes from compiling the same at once. Where files cannot be locked, both do; neither harms the other."""
+    try:
+        import fcntl
+
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+        with contextlib.suppress(OSError):
+            path.unlink()
+    finally:
+        os.close(handle)
