@@ -58,7 +58,7 @@ def perturbed(activation: Activation) -> dict[str, Any]:
 
 def test_counts():
     check()
-    assert len(ALL) == 486
+    assert len(ALL) == 487
     kinds = {kind: sum(a.kind == kind for a in ALL.values()) for kind in package.KINDS}
     assert kinds["elementwise"] + kinds["parametric"] >= 400
     assert kinds["gated"] == 20
@@ -139,7 +139,7 @@ def test_every_section_is_complete(activation):
             assert math.isfinite(p.low)
             assert math.isfinite(p.high)
         if p.constraint in ("softplus", "exp"):
-            assert math.isfinite(p.low)
+            assert math.isfinite(p.low) or math.isfinite(p.high)
     if a.same_as:  # what a shared kernel assumes of its parameters holds for this name's
         for name, node in a.root_bindings.items():
             value = evaluate(node, a.defaults())
@@ -287,6 +287,37 @@ def test_gated_equal_to_torch(name):
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-15)
     for g, h in zip(torch.autograd.grad(y.sum(), ours), torch.autograd.grad(want.sum(), theirs), strict=True):
         torch.testing.assert_close(g, h, rtol=1e-12, atol=1e-14)
+
+
+def slope(activation: Activation, x: torch.Tensor) -> torch.Tensor:
+    x = x.detach().requires_grad_()
+    y = reference(activation.eval_graph, {"x": x}, activation.defaults()) + 0 * x
+    return torch.autograd.grad(y.sum(), x)[0]
+
+
+@names([a for a in OF_X if a.kind == "elementwise"])
+def test_inplace_is_said_of_what_has_its_slope_from_the_output(activation):
+    x = torch.cat((torch.linspace(-64, 64, 4097, dtype=torch.float64), OFF_GRID))
+    y = reference(activation.eval_graph, {"x": x}, activation.defaults())
+    same = torch.allclose(slope(activation, x), slope(activation, y), rtol=1e-9, atol=1e-12, equal_nan=True)
+    assert activation.inplace == same
+
+
+def test_conditions_of_inplace():
+    assert not any(a.inplace for a in ALL.values() if a.kind != "elementwise")
+    assert find("leaky_relu").allows_inplace({"a": 0.2})
+    assert not find("leaky_relu").allows_inplace({"a": -0.2})
+    assert not find("leaky_relu").allows_inplace({"a": torch.tensor(0.2)})
+    assert not find("threshold").allows_inplace({"v": 3.0})
+
+
+def test_parameters_by_the_words_of_others():
+    assert find("leaky_relu").named({"negative_slope": 2}) == {"a": 2}
+    assert find("hardtanh").named({"min_val": 2, "b": 3}) == {"a": 2, "b": 3}
+    with pytest.raises(TypeError, match="leaky_relu has no parameter 'alpha'; it has a/negative_slope"):
+        find("leaky_relu").named({"alpha": 2})
+    with pytest.raises(TypeError, match="'a' came twice"):
+        find("leaky_relu").named({"a": 1, "negative_slope": 2})
 
 
 def test_the_double_precision_reference_is_in_double_precision():

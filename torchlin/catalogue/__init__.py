@@ -14,9 +14,13 @@ A section is one name:
 
 Formulas are in the language of formula.py. A parameter has a default and then what applies of: `learnable`;
 `channel`, if the source learns one value for each channel; `in` its domain; `by` softplus, exp or sigmoid of
-a free parameter, or by clamp: how a learnable one is kept inside its domain. `[1, 2]`, `linspace(0, 1, 5)`
-and `repeat(0, 5)` as default make a coefficient vector. `inputs` are the tensors, x unless said otherwise;
-`noise` lines: see stochastic.ini.
+a free parameter, or by clamp: how a learnable one is kept inside its domain; and after `as` the words by which
+other libraries call it, that of their state_dict first. `[1, 2]`, `linspace(0, 1, 5)` and `repeat(0, 5)` as
+default make a coefficient vector. `inputs` are the tensors, x unless said otherwise; `gate` is the one of a
+gated unit that decides how much of the other gets through; `noise` lines: see stochastic.ini.
+
+`inplace = yes`, or a condition on the parameters: f'(f(x)) = f'(x) for every x, so that a backward pass can
+read the output where it has overwritten the input. Of the input only: a parameter's gradient needs the input.
 
 `same_as = name(param=expression, ...)` in place of a formula makes it another name of a function, with its
 own defaults; parameters that are not bound keep their names. `implementation = name` marks what no formula
@@ -29,6 +33,7 @@ own, as `catalogue`.
 from __future__ import annotations
 
 import configparser
+import contextlib
 import difflib
 import functools
 import math
@@ -37,11 +42,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
-from .formula import FormulaError, Node, Param, evaluate, param, parse, substitute
+from .formula import FormulaError, Node, Param, evaluate, number, param, parse, substitute
 
 __all__ = ["Activation", "FormulaError", "Noise", "Parameter", "catalogue", "find", "parse"]
+
+_Value = TypeVar("_Value")
 
 KINDS = ("elementwise", "parametric", "stochastic", "gated", "multi_input")
 _KEYS = {
@@ -49,6 +56,8 @@ _KEYS = {
     "aliases",
     "kind",
     "inputs",
+    "gate",
+    "inplace",
     "formula",
     "same_as",
     "implementation",
@@ -72,6 +81,7 @@ class Parameter:
     open_low: bool = True
     open_high: bool = True
     constraint: str | None = None  # softplus, exp, sigmoid, clamp
+    words: tuple[str, ...] = ()  # what else it is called
 
     @property
     def is_vector(self) -> bool:
@@ -112,6 +122,8 @@ class Activation:
     same_as: str | None
     bindings: Mapping[str, Node]  # of a same_as: parameters of the other name, in terms of the own ones
     implementation: str | None
+    gate: str | None  # of a gated unit: the input that is the gate
+    inplace_if: Node | None  # 1 for parameters with which f'(f(x)) = f'(x), else 0; None: never
     parameters: Mapping[str, Parameter]
     noises: Mapping[str, Noise]
     source: str
@@ -160,6 +172,43 @@ class Activation:
     def defaults(self) -> dict[str, float | tuple[float, ...]]:
         return {p.name: p.default for p in self.parameters.values()}
 
+    @property
+    def inplace(self) -> bool:
+        """Whether the gradient can be had from the output alone, at the default parameters."""
+        return self.allows_inplace({})
+
+    def allows_inplace(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether f'(f(x)) = f'(x) for every x, at these parameters and defaults for the rest.
+
+        Tensors as parameters are not looked into: a condition on them does not hold.
+        """
+        if self.inplace_if is None:
+            return False
+        used = {p.name for p in self.inplace_if.walk() if isinstance(p, Param)}
+        values = {name: value for name, value in {**self.defaults(), **parameters}.items() if name in used}
+        if not all(isinstance(value, (int, float)) for value in values.values()):
+            return False
+        return bool(evaluate(self.inplace_if, values))
+
+    def named(self, given: Mapping[str, _Value]) -> dict[str, _Value]:
+        """Parameters by their names here, given by these or by the words of other libraries.
+
+        Raises:
+            TypeError: it has no such parameter (the message lists what it has), or one came twice.
+        """
+        if given.keys() <= self.parameters.keys():
+            return dict(given)
+        words = {word: p.name for p in self.parameters.values() for word in (*p.words, p.name)}
+        out: dict[str, _Value] = {}
+        for word, value in given.items():
+            if word not in words:
+                has = ", ".join("/".join((p.name, *p.words)) for p in self.parameters.values())
+                raise TypeError(f"{self.name} has no parameter {word!r}; it has {has or 'none'}")
+            if words[word] in out:
+                raise TypeError(f"{self.name}: {words[word]!r} came twice, as {word!r} too")
+            out[words[word]] = value
+        return out
+
 
 def _noise_node(noise: Noise) -> Node:
     from .formula import input_
@@ -183,7 +232,8 @@ def catalogue() -> Mapping[str, Activation]:
     """Every activation by name, in the order of the files."""
     found: dict[str, Activation] = {}
     for path in sorted(Path(__file__).parent.glob("*.ini")):
-        for activation in read(path.read_text(encoding="utf-8"), path.name):
+        # The formulas are read when they are asked for: all of them take longer than everything else here.
+        for activation in read(path.read_text(encoding="utf-8"), path.name, check_formulas=False):
             if activation.name in found:
                 raise ValueError(f"{path.name}: [{activation.name}] is defined twice")
             found[activation.name] = activation
@@ -205,11 +255,27 @@ def find(name: str) -> Activation:
         raise TypeError(f"name must be a str, got {name!r}")
     known = _aliases()
     folded = name.strip().lower().replace("-", "_")
+    if folded in _added:
+        return _added[folded]
     if folded not in known:
-        close = difflib.get_close_matches(folded, known, n=3)
+        close = difflib.get_close_matches(folded, [*known, *_added], n=3)
         hint = f"; the closest: {', '.join(map(repr, close))}" if close else ""
         raise ValueError(f"name: {name!r} is no activation of the catalogue{hint}")
     return catalogue()[known[folded]]
+
+
+_added: dict[str, Activation] = {}
+
+
+def add(activation: Activation) -> None:
+    """Makes known to :func:`find` what no file has; it takes the place of one of that name that was added before.
+
+    Raises:
+        ValueError: the name is one of a file's.
+    """
+    if activation.name in _aliases():
+        raise ValueError(f"name: {activation.name!r} is a name of the catalogue's {find(activation.name).display}")
+    _added[activation.name] = activation
 
 
 # ------------------------------------------------------------------------------------------------------ read
@@ -218,7 +284,8 @@ _FLAGS = re.compile(
     r"(?P<default>\[[^]]*\]|[^\[\]]*?)"
     r"(?P<learnable>\s+learnable)?(?P<channel>\s+channel)?"
     r"(?:\s+in\s+(?P<open>[(\[])\s*(?P<low>[^,]+),\s*(?P<high>[^,)\]]+)(?P<close>[)\]]))?"
-    r"(?:\s+by\s+(?P<by>softplus|exp|sigmoid|clamp))?",
+    r"(?:\s+by\s+(?P<by>softplus|exp|sigmoid|clamp))?"
+    r"(?:\s+as\s+(?P<words>\w+(?:\s*,\s*\w+)*))?",
     re.DOTALL,
 )
 _NOISE = re.compile(
@@ -228,7 +295,7 @@ _NOISE = re.compile(
 )
 
 
-def read(text: str, origin: str = "<string>") -> list[Activation]:
+def read(text: str, origin: str = "<string>", *, check_formulas: bool = True) -> list[Activation]:
     """Parses the text of a catalogue file.
 
     Raises:
@@ -250,7 +317,10 @@ def read(text: str, origin: str = "<string>") -> list[Activation]:
     activations = []
     for name in parser.sections():
         try:
-            activations.append(_activation(name, parser[name]))
+            activation = _activation(name, dict(parser[name]))
+            if check_formulas and activation.formula is not None:
+                _ = activation.graph
+            activations.append(activation)
         except ValueError as error:
             raise ValueError(f"{origin}: [{name}] {error}") from error
     return activations
@@ -285,7 +355,10 @@ def _activation(name: str, section: Mapping[str, str]) -> Activation:
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
     inputs = _names(section.get("inputs", "x"))
-    activation = Activation(
+    gate = section.get("gate")
+    if gate is not None and gate not in inputs:
+        raise ValueError(f"gate {gate!r} is none of the inputs {', '.join(inputs)}")
+    return Activation(
         name=name,
         display=section["display"],
         aliases=_names(section.get("aliases", "")),
@@ -295,6 +368,8 @@ def _activation(name: str, section: Mapping[str, str]) -> Activation:
         same_as=other,
         bindings=bindings,
         implementation=section.get("implementation"),
+        gate=gate,
+        inplace_if=_inplace(section.get("inplace", "no"), parameters),
         parameters=parameters,
         noises=noises,
         source=section["source"],
@@ -302,9 +377,12 @@ def _activation(name: str, section: Mapping[str, str]) -> Activation:
         verified=None if section["verified"] == "no" else section["verified"],
         note=section.get("note"),
     )
-    if activation.formula is not None:  # parsed now, so that an error comes with file and section
-        _parse(activation.formula, parameters, noises, inputs)
-    return activation
+
+
+def _inplace(text: str, parameters: Mapping[str, Parameter]) -> Node | None:
+    if text in ("yes", "no"):
+        return number(1) if text == "yes" else None
+    return parse(f"where({text}, 1, 0)", tuple(parameters), inputs=())
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -312,7 +390,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _number(text: str) -> float:
-    if text.strip() in ("inf", "-inf"):
+    with contextlib.suppress(ValueError):
         return float(text)
     value = evaluate(parse(text, inputs=()), {})
     assert isinstance(value, float)
@@ -326,10 +404,16 @@ def _parameter(name: str, text: str) -> Parameter:
             raise ValueError(f"got {text!r}")
         default, interval = _default(match["default"].strip()), _interval(match)
     except ValueError as error:
-        form = "<default> [learnable] [channel] [in <interval>] [by softplus, exp, sigmoid or clamp]"
+        form = "<default> [learnable] [channel] [in <interval>] [by softplus, exp, sigmoid or clamp] [as <words>]"
         raise ValueError(f"param {name}: must be of the form {form}: {error}") from error
     parameter = Parameter(
-        name, default, bool(match["learnable"]), bool(match["channel"]), constraint=match["by"], **interval
+        name,
+        default,
+        bool(match["learnable"]),
+        bool(match["channel"]),
+        constraint=match["by"],
+        words=_names(match["words"] or ""),
+        **interval,
     )
     for value in default if isinstance(default, tuple) else (default,):
         if value not in parameter:
@@ -415,6 +499,9 @@ def check() -> None:
                     f"[{a.name}] same_as {a.same_as}: binds unknown {sorted(unknown)}, "
                     f"leaves unbound {sorted(loose)}"
                 )
+        words = [word for p in a.parameters.values() for word in (p.name, *p.words)]
+        if len(set(words)) < len(words):
+            raise ValueError(f"[{a.name}] one word for two parameters among {', '.join(words)}")
         used = {p.name for p in (a.graph.walk() if a.graph else ()) if isinstance(p, Param)}
         used |= {
             p.name
