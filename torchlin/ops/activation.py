@@ -190,10 +190,9 @@ def gated_activation(
     call = forms.prepare(canonical, False, parameters, a, None)
     channel_dim = _check_channels(call, shape, channel_dim)
     if out is not None:
-        with torch.no_grad():
-            like = a.new_empty(shape) if not isinstance(out, Tensor) or out.shape != shape else out
-        check_out(out, like.detach() if out is like else like)
-        check_out(out, torch.empty_like(out), *tensors_in)
+        check_out(
+            out, a.new_empty(shape), *tensors_in, *(v for v in parameters.values() if isinstance(v, Tensor))
+        )
     return _compute(call, tensors_in, channel_dim, split, split_dim, False, out)
 
 

@@ -49,6 +49,7 @@ class Form:
     name: str
     inputs: tuple[str, ...]
     parameters: tuple[str, ...]
+    words: tuple[tuple[str, str], ...]  # by what else a parameter is called, and its name
     defaults: tuple[float | tuple[float, ...], ...]
     noises: tuple[
         tuple[str, str, Program, str], ...
@@ -70,6 +71,7 @@ def form_of(name: str, training: bool) -> Form:
         name=row.name,
         inputs=(*row.inputs, *(n.name for n in noises if not n.like)),
         parameters=tuple(row.parameters),
+        words=tuple((word, p.name) for p in row.parameters.values() for word in p.words),
         defaults=tuple(row.defaults().values()),
         noises=tuple((n.name, n.distribution, program(*n.arguments), n.like or "") for n in noises),
         reference=program(guarded(simplify(graph, nonnegative(row)))),
@@ -123,24 +125,7 @@ def _constant_lengths(name: str, training: bool, items: tuple[tuple[str, Any], .
 @traced_constant
 def keeps_slope(name: str, items: tuple[tuple[str, Any], ...]) -> bool:
     """Whether f'(f(x)) = f'(x): then the output tells the gradient, and the input may be overwritten."""
-    row = find(name)
-    if not row.inplace or row.graph is None:
-        return False
-    x = torch.cat(
-        [
-            torch.linspace(-9, 9, 4097, dtype=torch.float64),
-            torch.linspace(-400, 400, 801, dtype=torch.float64),
-        ]
-    )
-    with torch.inference_mode(False), torch.enable_grad():
-        values: list[Tensor] = []
-        slopes: list[Tensor] = []
-        for points in (lambda: x, lambda: values[0]):
-            leaf = points().detach().clone().requires_grad_()
-            y = value_of(form_of(row.name, False).reference, {row.inputs[0]: leaf, **dict(items)}, leaf)
-            values.append(y)
-            slopes.append(torch.autograd.grad(y.sum(), leaf)[0])
-    return torch.equal(*slopes)
+    return find(name).allows_inplace(dict(items))
 
 
 def forget() -> None:
@@ -172,10 +157,15 @@ def prepare(
     channels, numbers = 1, True
     for key, default in zip(form.parameters, form.defaults, strict=True):
         values[key] = default
-    for key, value in parameters.items():
+    words, given = dict(form.words), set()
+    for word, value in parameters.items():
+        key = words.get(word, word)
         if key not in values:
-            known = ", ".join(form.parameters) or "none"
-            raise TypeError(f"{form.name} has no parameter {key!r}; its parameters: {known}")
+            known = ", ".join((*form.parameters, *words)) or "none"
+            raise TypeError(f"{form.name} has no parameter {word!r}; its parameters: {known}")
+        if key in given:
+            raise TypeError(f"{form.name}: the parameter {key!r} came twice, as {word!r} too")
+        given.add(key)
         if isinstance(value, Tensor):
             numbers = False
             values[key], count = _tensor_parameter(key, value, isinstance(values[key], tuple), like)
