@@ -267,6 +267,11 @@ def find(name: str) -> Activation:
 _added: dict[str, Activation] = {}
 
 
+def added(name: str) -> Activation | None:
+    """What :func:`add` made known under a name."""
+    return _added.get(name)
+
+
 def add(activation: Activation) -> None:
     """Makes known to :func:`find` what no file has; it takes the place of one of that name that was added before.
 
@@ -274,7 +279,9 @@ def add(activation: Activation) -> None:
         ValueError: the name is one of a file's.
     """
     if activation.name in _aliases():
-        raise ValueError(f"name: {activation.name!r} is a name of the catalogue's {find(activation.name).display}")
+        raise ValueError(
+            f"name: {activation.name!r} is a name of the catalogue's {catalogue()[_aliases()[activation.name]].display}"
+        )
     _added[activation.name] = activation
 
 
@@ -317,7 +324,7 @@ def read(text: str, origin: str = "<string>", *, check_formulas: bool = True) ->
     activations = []
     for name in parser.sections():
         try:
-            activation = _activation(name, dict(parser[name]))
+            activation = define(name, dict(parser[name]))
             if check_formulas and activation.formula is not None:
                 _ = activation.graph
             activations.append(activation)
@@ -326,7 +333,12 @@ def read(text: str, origin: str = "<string>", *, check_formulas: bool = True) ->
     return activations
 
 
-def _activation(name: str, section: Mapping[str, str]) -> Activation:
+def define(name: str, section: Mapping[str, str]) -> Activation:
+    """The activation that a section's keys and values define.
+
+    Raises:
+        ValueError: what is wrong with them.
+    """
     parameters: dict[str, Parameter] = {}
     for key, value in section.items():
         if key.startswith("param "):

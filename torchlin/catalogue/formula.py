@@ -157,6 +157,14 @@ def call(op: str, *args: Node) -> Node:
     return _intern(("call", op, *args), lambda: Call(op, args))
 
 
+def written_out(node: Node) -> int:
+    """How many nodes the formula has where nothing is shared."""
+    size: dict[Node, int] = {}
+    for part in node.walk():
+        size[part] = 1 + sum(size[arg] for arg in part.args)
+    return size[node]
+
+
 def substitute(node: Node, replacement: Mapping[Node, Node]) -> Node:
     """The formula with nodes replaced by others."""
     done: dict[Node, Node] = {}
@@ -373,10 +381,7 @@ class _Parser:
 
     def small(self, node: Node, token: Token) -> None:
         """Definitions that use one another can write out to any size; some things are written out."""
-        size: dict[Node, int] = {}
-        for part in node.walk():
-            size[part] = 1 + sum(size[arg] for arg in part.args)
-        if size[node] > MAX_SIZE:
+        if written_out(node) > MAX_SIZE:
             self.fail(f"larger than {MAX_SIZE} operations when its definitions are written out", token)
 
     def value(self) -> Node:

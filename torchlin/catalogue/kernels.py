@@ -103,6 +103,12 @@ def plan(name: str, training: bool = True) -> Plan | None:
     return Plan(kernel, tuple(substitute(s, own) for s in prepared.slots))
 
 
+def forget() -> None:
+    """Drops what was derived from activations that :func:`catalogue.add` has replaced since."""
+    _prepared.cache_clear()
+    plan.cache_clear()
+
+
 def _of_no_file(prepared: Prepared, inputs: tuple[str, ...]) -> Kernel:
     """The kernel of an activation that was added: one of the table where that computes the same, else one that is named
     by its content, so that it is the same in every process."""
