@@ -10,13 +10,14 @@ import contextlib
 import functools
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -67,21 +68,24 @@ def find_compiler() -> tuple[str, ...]:
     return (found,)
 
 
-def shared_library(stem: str, source: str, flags: tuple[str, ...] = ()) -> Path:
-    """The compiled form of a source that includes torchlin's headers; from the cache where it has it.
+def shared_library(stem: str, files: Mapping[str, str]) -> Path:
+    """The compiled form of source files, the first of which includes the others and torchlin's headers; from the cache
+    where that has it.
 
     Raises:
         CompileError: no compiler, one that fails or takes too long, or a cache folder that is not safe to load code from.
     """
     compiler = find_compiler()
-    command = (*compiler, *_FLAGS, *flags)
-    text = "\0".join((source, _headers_text(headers()), _version(compiler), *command))
+    command = (*compiler, *_FLAGS)
+    machine = platform.machine()  # a home can be shared by machines of several kinds
+    parts = (machine, *files, *files.values(), _headers_text(headers()), _version(compiler), *command)
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     folder = _private_folder()
-    path = folder / f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.so"
+    path = folder / f"{stem}-{key}.so"
     if not _is_intact(path):
         with _lock(folder / f"{path.stem}.lock"):
             if not _is_intact(path):  # by another process, while this one waited
-                _build(command, source, path)
+                _build(command, files, path)
     return path
 
 
@@ -121,12 +125,14 @@ def _said(done: subprocess.CompletedProcess[str]) -> str:
     return "\n".join([*text[:20], "..."] if len(text) > 20 else text)
 
 
-def _build(command: tuple[str, ...], source: str, path: Path) -> None:
+def _build(command: tuple[str, ...], files: Mapping[str, str], path: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as work:
-            written, library = Path(work) / "kernel.cpp", Path(work) / "kernel.so"
-            written.write_text(source, encoding="utf-8")
-            done = _run((*command, f"-I{headers()}", str(written), "-o", str(library)))
+            library = Path(work) / path.name
+            for name, text in files.items():
+                Path(work, name).write_text(text, encoding="utf-8")
+            first = str(Path(work, next(iter(files))))
+            done = _run((*command, f"-I{headers()}", first, "-o", str(library)))
             if done.returncode != 0 or not library.is_file():
                 raise CompileError(f"{command[0]} fails: {_said(done)}")
             content = library.read_bytes()

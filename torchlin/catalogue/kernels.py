@@ -103,6 +103,26 @@ def plan(name: str, training: bool = True) -> Plan | None:
     return Plan(kernel, tuple(substitute(s, own) for s in prepared.slots))
 
 
+_loaded: dict[int, tuple[Kernel, set[str]]] = {}
+
+
+def loaded(kernel: Kernel, device: str) -> None:
+    """Says that a kernel that is not in the table was compiled since, and is there on a type of devices."""
+    _loaded.setdefault(kernel.id, (kernel, set()))[1].add(device)
+
+
+def devices(kernel: Kernel) -> tuple[str, ...]:
+    """The types of devices that have a kernel where torchlin's library for them is loaded."""
+    if kernel.name in kernels():
+        return ("cpu", "cuda")
+    return tuple(sorted(_loaded[kernel.id][1])) if kernel.id in _loaded else ()
+
+
+def with_id(id: int) -> Kernel:
+    """The kernel of an id, in the table or compiled since."""
+    return _loaded[id][0] if id in _loaded else next(k for k in kernels().values() if k.id == id)
+
+
 def forget() -> None:
     """Drops what was derived from activations that :func:`catalogue.add` has replaced since."""
     _prepared.cache_clear()

@@ -360,7 +360,7 @@ def _is_exporting() -> bool:
 def _use_reference(form: forms.Form, x: Tensor) -> bool:
     return (
         _is_exporting()
-        or not form.kernel
+        or x.device.type not in form.devices
         or not _library.has_kernel(x.device.type)
         or (x.is_cuda and x.dtype is torch.float64)
         or not _CPU_KERNEL

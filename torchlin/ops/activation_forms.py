@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchlin.catalogue import find
 from torchlin.catalogue.formula import evaluate
-from torchlin.catalogue.kernels import kernels, nonnegative, plan, with_named_slots
+from torchlin.catalogue.kernels import devices, nonnegative, plan, with_id, with_named_slots
 from torchlin.catalogue.program import Program, program, run, value_of
 from torchlin.catalogue.rewrite import simplify
 from torchlin.catalogue.torch_code import guarded
@@ -56,6 +56,7 @@ class Form:
     ]  # name, distribution, arguments, the vector it is like or ""
     reference: Program
     kernel: int  # 0 where there is none
+    devices: tuple[str, ...]  # types of devices that have it
     slots: Program
     vectors: tuple[bool, ...]  # which slots are coefficient vectors
 
@@ -76,6 +77,7 @@ def form_of(name: str, training: bool) -> Form:
         noises=tuple((n.name, n.distribution, program(*n.arguments), n.like or "") for n in noises),
         reference=program(guarded(simplify(graph, nonnegative(row)))),
         kernel=planned.kernel.id if planned else 0,
+        devices=devices(planned.kernel) if planned else (),
         slots=program(*planned.slots) if planned else ((), ()),
         vectors=planned.kernel.vector_slots if planned else (),
     )
@@ -91,7 +93,7 @@ def kind_of(name: str) -> tuple[str, str, int]:
 @traced_constant
 def kernel_reference(kernel: int) -> tuple[tuple[str, ...], Program]:
     """Inputs and body of a kernel; slot i is the parameter p{i}."""
-    found = next(k for k in kernels().values() if k.id == kernel)
+    found = with_id(kernel)
     return found.inputs, program(guarded(with_named_slots(found.body)))
 
 
@@ -331,4 +333,4 @@ def unpacked(inputs: Sequence[Tensor], split: int, split_dim: int) -> Sequence[T
 @traced_constant
 def vector_slots(kernel: int) -> tuple[bool, ...]:
     """Which slots of a kernel are coefficient vectors."""
-    return next(k.vector_slots for k in kernels().values() if k.id == kernel)
+    return with_id(kernel).vector_slots
