@@ -1,5 +1,6 @@
 """Modules, one file a family."""
 
+from torchlin.nn.activation import Activation, GatedActivation
 from torchlin.nn.hadamard import HadamardTransform
 
-__all__ = ["HadamardTransform"]
+__all__ = ["Activation", "GatedActivation", "HadamardTransform"]
