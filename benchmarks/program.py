@@ -58,9 +58,9 @@ def compiled(function: Callable[..., Tensor], *example: Any) -> Callable[..., Te
     return fast
 
 
-def print_rows(title: str, rows: Sequence[Row]) -> None:
-    """The rows as a person reads them."""
-    table(title, TABLE_COLUMNS, [line(row) for row in rows])
+def print_rows(title: str, session: Session, rows: Sequence[Row]) -> None:
+    """Rows as a person reads them."""
+    table(f"{title}\n{session.heading}", TABLE_COLUMNS, [line(row) for row in rows])
 
 
 def _counts(text: str) -> list[int]:
@@ -87,6 +87,7 @@ class Program:
     sections: Callable[[Session, argparse.Namespace], Sections]
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     unusual: Callable[[argparse.Namespace], bool] = lambda args: False
+    choose: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows  # what of it is printed
     threads: str = "1"
 
     def _parser(self) -> argparse.ArgumentParser:
@@ -137,6 +138,6 @@ class Program:
         finally:
             torch.set_num_threads(threads)
         for session in sessions:
-            print_rows(f"{self.title}\n{session.heading}", session.rows)
+            print_rows(self.title, session, self.choose(session.rows))
         print(f"rows appended to {sessions[0].file}")
         return 0
