@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlin import registry
+from torchlin.nn.activation_from import equal_of, from_torch
 
 Key = str | type[nn.Module]
 
@@ -31,7 +32,7 @@ _HOOKS = (
 
 
 def swap_(
-    model: nn.Module, replacements: Mapping[Key, Any], *, kind: str = "activation"
+    model: nn.Module, replacements: Mapping[Key, Any] | None = None, *, kind: str = "activation"
 ) -> dict[str, nn.Module]:
     """Replaces modules inside `model`, in place, and returns what was there; call again with that to undo it.
 
@@ -53,6 +54,9 @@ def swap_(
             a function, which gets the old module and returns the new one (or the old one, to leave it); or a
             Module, which keeps its own weights: under a name it is used itself, under a pattern or a class
             each place gets a copy.
+
+            None: every activation of torch, transformers and timm by its equal of the catalogue, with the same
+            arguments (:func:`torchlin.nn.from_torch`); what has none is left.
         kind: of the registered names among the replacements.
 
     Returns:
@@ -71,7 +75,11 @@ def swap_(
         (PReLU(num_parameters=1), {'1': ReLU()})
         >>> torchlin.swap_(model, old)
         {'1': PReLU(num_parameters=1)}
+        >>> torchlin.swap_(model)
+        {'1': ReLU()}
     """
+    if replacements is None:
+        replacements = _equals(model)
     places: dict[nn.Module, list[str]] = {}  # all names of each module, in the model's order
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(module, []).append(name)
@@ -94,6 +102,11 @@ def swap_(
 
 
 # ---------------------------------------------------------------------------------------------- which modules
+
+
+def _equals(model: nn.Module) -> dict[Key, Any]:
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: from_torch for name, module in modules if name and equal_of(module) is not None}
 
 
 def _choose(

@@ -1,6 +1,7 @@
 """Modules, one file a family."""
 
 from torchlin.nn.activation import Activation, GatedActivation
+from torchlin.nn.activation_from import from_torch
 from torchlin.nn.hadamard import HadamardTransform
 
-__all__ = ["Activation", "GatedActivation", "HadamardTransform"]
+__all__ = ["Activation", "GatedActivation", "HadamardTransform", "from_torch"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchlin import catalogue, registry
 from torchlin.catalogue import Parameter
 from torchlin.functional import activation, gated_activation
+from torchlin.ops.activation_formula import defined
 
 Value = float | Sequence[float] | Tensor
 
@@ -77,6 +78,8 @@ class _Named(nn.Module):
         super().__init__()
         row = catalogue.find(name)
         self.name = row.name
+        if (formula := defined(row.name)) is not None:
+            self._formula = formula  # defines the name where this is unpickled
         self.channel_dim = channel_dim
         self.num_parameters = num_parameters
         given = row.named(parameters)
@@ -205,7 +208,8 @@ def _initial(
 
     if not p.is_vector:
         return torch.tensor(row(value), device=device, dtype=dtype)
-    rows = [row(v) for v in (value if isinstance(value, list) else _fixed(name, p, value))]
+    numbers: Any = value if isinstance(value, list) else _fixed(name, p, value)
+    rows = [row(v) for v in numbers]
     whole = torch.tensor(rows, device=device, dtype=dtype)
     return whole.squeeze(1) if whole.shape[1] == 1 else whole
 
@@ -269,6 +273,12 @@ class Activation(_Named):
         self.generator = generator
         # A name without noise has one form only; asking for it as in evaluation is the shorter way.
         self.stochastic = bool(row.noises) or row.implementation is not None
+
+    @property
+    def allows_inplace(self) -> bool:
+        """Whether the output alone tells the gradient, so that the input may be overwritten in training."""
+        row = catalogue.find(self.name)
+        return not self._learnt and row.allows_inplace(self._parameters_now())
 
     def forward(self, x: Tensor) -> Tensor:
         return activation(
