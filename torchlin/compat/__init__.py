@@ -1,5 +1,5 @@
 """Stand-ins for other packages: the same names and arguments, computed by torchlin."""
 
-from torchlin.compat import fast_hadamard_transform
+from torchlin.compat import fast_hadamard_transform, timm, transformers
 
-__all__ = ["fast_hadamard_transform"]
+__all__ = ["fast_hadamard_transform", "timm", "transformers"]
