@@ -50,6 +50,8 @@ __all__ = ["Activation", "FormulaError", "Noise", "Parameter", "catalogue", "fin
 
 _Value = TypeVar("_Value")
 
+_LONGEST = 10_000  # coefficients
+
 KINDS = ("elementwise", "parametric", "stochastic", "gated", "multi_input")
 _KEYS = {
     "display",
@@ -441,6 +443,9 @@ def _default(body: str) -> float | tuple[float, ...]:
     if series := re.fullmatch(r"(linspace|repeat)\((.*)\)", body):
         *values, count = series[2].split(",")
         numbers, n = [_number(v) for v in values], int(count)
+        expected = 1 if series[1] == "repeat" else 2
+        if len(numbers) != expected or not expected <= n <= _LONGEST:
+            raise ValueError(f"{body!r} is not repeat(value, length) or linspace(low, high, length)")
         if series[1] == "repeat":
             return (numbers[0],) * n
         low, high = numbers

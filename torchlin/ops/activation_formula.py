@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import math
 import re
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torchlin import _compile, _library, catalogue, registry
 from torchlin.catalogue import Activation, kernels
 from torchlin.catalogue.cpp_code import functor
-from torchlin.catalogue.formula import Input, Param, written_out
+from torchlin.catalogue.formula import RESERVED, Input, Param, written_out
 from torchlin.ops.activation import activation, forget, gated_activation
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ Default = float | Sequence[float] | str
 
 _raw: Any = torch.ops.torchlin
 _lock = threading.RLock()
+_defined: dict[str, FormulaActivation] = {}
 _SOURCE = """\
 #include "activation/kernel.h"
 #define TORCHLIN_SHARD_FILE "functor.inc"
@@ -63,7 +65,8 @@ def activation_from_formula(
             True raises then; False does not try. A formula that is that of a built-in activation has its kernel anyway.
             A kernel is compiled once, in about a second, and kept in a cache folder (`TORCHLIN_CACHE`, or torchlin in the
             user's cache folder).
-        overwrite: take a name from an earlier formula. What is built in keeps its name.
+        overwrite: take a name from an earlier formula; Modules of that name, too, compute the new one from then on (graphs
+            that were compiled or exported do not). What is built in keeps its name.
 
     Returns:
         The activation as a callable object; its `module(...)` makes Modules.
@@ -129,12 +132,14 @@ class FormulaActivation:
     def parameters(self) -> dict[str, float | tuple[float, ...]]:
         return self._row.defaults()
 
-    def __call__(self, *tensors: Tensor, **options: Any) -> Tensor:
-        """The activation of a tensor, or of two (or the halves of one) for a gated unit; options are those of
-        `torchlin.functional.activation` and `gated_activation`, parameters among them."""
-        if len(self.inputs) == 1:
-            return activation(*tensors, name=self.name, **options)
-        return gated_activation(*tensors, name=self.name, **options)
+    def __call__(self, x: Tensor, b: Tensor | None = None, **options: Any) -> Tensor:
+        """The activation of a tensor; a gated unit's of two, or of the halves of one. The options, parameters among them,
+        are those of `torchlin.functional.activation` and `gated_activation`."""
+        if len(self.inputs) > 1:
+            return gated_activation(x, b, self.name, **options)
+        if b is not None:
+            raise TypeError(f"{self.name} takes one tensor, got two")
+        return activation(x, self.name, **options)
 
     def module(self, **options: Any) -> nn.Module:
         """A `torchlin.nn.Activation`, or a `GatedActivation` for two inputs, which takes the options."""
@@ -214,10 +219,23 @@ def _enter(made: FormulaActivation, overwrite: bool) -> None:
                 f"name: {row.name!r} is the formula {known.formula!r} already; overwrite=True gives the name to this one"
             )
         if made._named:
-            registry.register("activation", row.name, made.module, override=True)
+            registry.register("activation", row.name, _maker(row.name), override=True)
         catalogue.add(row)
+        _defined[row.name] = made
         kernels.forget()
         forget()
+
+
+def _maker(name: str) -> Any:
+    from torchlin.nn.activation import Named, _module_of  # modules are built on what is here
+
+    _module_of.cache_clear()
+    return Named(name)
+
+
+def defined(name: str) -> FormulaActivation | None:
+    """The formula of a name that a formula defined. A Module keeps it, so that it brings it along where it is unpickled."""
+    return _defined.get(name)
 
 
 def _check_free(name: str) -> None:
@@ -253,7 +271,18 @@ def _input_names(inputs: object) -> tuple[str, ...]:
         raise TypeError(f"inputs must be a sequence of names, got {inputs!r}")
     if not 1 <= len(inputs) <= 2 or len(set(inputs)) != len(inputs):
         raise ValueError(f"inputs must be one name or two different ones, got {tuple(inputs)}")
-    return tuple(inputs)
+    return _checked("inputs", inputs)
+
+
+def _checked(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII):
+            raise ValueError(
+                f"{what}: {name!r} is no name; a name has letters, digits and '_', no digit first"
+            )
+        if name in RESERVED:
+            raise ValueError(f"{what}: {name!r} is a function already: choose another name")
+    return tuple(names)
 
 
 def _items(parameters: object) -> list[tuple[str, Any]]:
@@ -261,6 +290,7 @@ def _items(parameters: object) -> list[tuple[str, Any]]:
         return []
     if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
         raise TypeError(f"parameters must be a mapping of names to defaults, got {parameters!r}")
+    _checked("parameters", tuple(parameters))
     return list(parameters.items())
 
 
@@ -281,19 +311,34 @@ def _number_text(name: str, value: Any) -> str:
     return repr(float(value))
 
 
+def _check_parameters(names: Collection[str], inputs: tuple[str, ...]) -> None:
+    from torchlin import nn
+
+    function, module = (
+        (activation, nn.Activation) if len(inputs) == 1 else (gated_activation, nn.GatedActivation)
+    )
+    for name in names:
+        if name in inputs:
+            raise ValueError(f"parameters: {name!r} is one of the inputs already")
+        for call in (function, module):
+            if name in inspect.signature(call).parameters:
+                raise ValueError(
+                    f"parameters: {name!r} is an argument of {call.__qualname__} already: choose another name"
+                )
+
+
 def _row(name: str, formula: str, parameters: Mapping[str, str], inputs: tuple[str, ...]) -> Activation:
     section = {
         "display": name,
         "formula": formula,
         "inputs": ", ".join(inputs),
-        "source": "activation_from_formula",
+        "source": "Defined by torchlin.activation_from_formula",
         "verified": "no",
         **({"kind": "gated"} if len(inputs) > 1 else {}),
         **{f"param {key}": text for key, text in parameters.items()},
     }
+    _check_parameters(parameters, inputs)
     row = catalogue.define(name, section)
-    if twice := set(inputs) & set(parameters):
-        raise ValueError(f"parameters: {sorted(twice)[0]!r} is an input already")
     for parameter in row.parameters.values():
         values = parameter.default if isinstance(parameter.default, tuple) else (parameter.default,)
         if not all(map(math.isfinite, values)):
