@@ -6,10 +6,15 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import io
 import os
 import pkgutil
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchlin.registry import Entry
 
 FORWARDED = {
     "bench": "measure a family's kernels on this machine (all families without a name)",
@@ -24,6 +29,8 @@ class Refused(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 1 (found nothing), 2 (refused), or the command's."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an author's name is no reason to fail
     try:
         # Their options are their own: argparse has no way of passing "--help" on.
         if argv[:1] == ["bench"]:
@@ -57,9 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     names.add_argument("pattern", nargs="?", default="*", help="wildcards: '*gelu*'")
     names.set_defaults(run=_list)
 
-    show = commands.add_parser("show", help="what is behind a name")
+    show = commands.add_parser("show", help="what is behind a name; of an activation with a plot")
     show.add_argument("kind", nargs="?", help="where a name has several kinds")
     show.add_argument("name", help="a name or an alias")
+    plot = show.add_argument_group("activations")
+    plot.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help="a=0.3, or b=1,2,3")
+    plot.add_argument("--range", nargs=2, type=float, metavar=("FROM", "TO"), help="of the plot: -4 4")
+    plot.add_argument("--png", metavar="FILE", help="write the plot to a file (needs matplotlib)")
     show.set_defaults(run=_show)
 
     for name, what in FORWARDED.items():
@@ -92,27 +103,57 @@ def _list(args: argparse.Namespace) -> int:
     if not found:
         print(f"torchlin: no {kind or 'name'} matches {pattern!r}", file=sys.stderr)
         return 1
-    rows = [(entry.kind, entry.name, ", ".join(entry.aliases), entry.summary) for entry in found]
-    _console.table("", ("kind", "name", "aliases", "what"), rows)
+    if all(entry.kind == "activation" for entry in found):
+        _console.table("", ("name", "kind", "formula", "aliases"), map(_activation_row, found))
+    else:
+        rows = [(entry.kind, entry.name, ", ".join(entry.aliases), entry.summary) for entry in found]
+        _console.table("", ("kind", "name", "aliases", "what"), rows)
     return 0
+
+
+def _activation_row(entry: Entry) -> tuple[str, str, str, str]:
+    from torchlin import show
+
+    activation = show.defined(entry)
+    kind = "" if activation is None else activation.kind.replace("_", " ")
+    what = entry.summary if activation is None else " ".join(show.formula(activation))
+    short = what if len(what) <= 60 else what[:57].rstrip() + "..."
+    return entry.name, kind, short, ", ".join(entry.aliases)
 
 
 def _show(args: argparse.Namespace) -> int:
-    import inspect
-
-    from torchlin import registry
+    from torchlin import registry, show
 
     with _known_names():
         found = [registry.describe(args.kind, args.name)] if args.kind else registry.find(args.name)
-    for i, entry in enumerate(found):
-        print("\n" * (i > 0) + f"{entry.name}{entry.signature}  [{entry.kind}]")
-        if entry.aliases:
-            print(f"also: {', '.join(entry.aliases)}")
-        print(f"from: {entry.source}" + (f" ({entry.plugin})" if entry.plugin else ""))
-        print(f"make: torchlin.create({entry.kind!r}, {entry.name!r}, ...)")
-        if text := inspect.getdoc(entry.target):
-            print(f"\n{text}")
+    parameters = dict(map(_parameter, args.param))
+    window = tuple(args.range) if args.range else None
+    drawn = [entry for entry in found if show.defined(entry)]
+    if not drawn and (args.param or args.range or args.png):
+        raise Refused(f"{args.name} is no activation of the catalogue: there is nothing to plot")
+    try:
+        if args.png:
+            with _needs("plots"):
+                show.save_png(drawn[0], args.png, parameters=parameters, window=window)
+            return 0
+        for i, entry in enumerate(found):
+            print("\n" * (i > 0), end="")
+            show.show(entry, parameters=parameters, window=window)
+    except (ValueError, TypeError, OSError) as error:
+        raise Refused(str(error)) from error
     return 0
+
+
+def _parameter(text: str) -> tuple[str, float | tuple[float, ...]]:
+    """a=0.3 as a number, b=1,2,3 as a coefficient vector."""
+    name, _, value = text.partition("=")
+    try:
+        numbers = tuple(float(part) for part in value.rstrip(",").split(","))
+    except ValueError:
+        raise Refused(
+            f"--param: must be of the form name=number or name=number,number, got {text!r}"
+        ) from None
+    return name.strip(), numbers if "," in value else numbers[0]
 
 
 def _bench(argv: list[str]) -> int:
