@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -259,7 +259,15 @@ class Row:
     q80_ns: float
 
 
-COLUMNS = [column.name for column in dataclasses.fields(Row)]
+AnyRow = TypeVar("AnyRow")
+
+
+def columns(kind: type) -> list[str]:
+    """The heading of a file of such rows: the fields of their dataclass."""
+    return [column.name for column in dataclasses.fields(kind)]
+
+
+COLUMNS = columns(Row)
 
 
 def meets(value: float, goal: str) -> bool | None:
@@ -284,21 +292,23 @@ def results_folder() -> Path:
     return here / "results" if in_checkout else Path.cwd() / "torchlin-bench"
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to a CSV file, which is made with its heading if there is none.
+def append(path: Path, rows: Iterable[Any], kind: type = Row) -> None:
+    """Adds rows, all of one dataclass, to a CSV file, which is made with its heading if there is none.
 
     Raises:
-        ValueError: the file has other columns than `COLUMNS`; nothing is written.
+        ValueError: the file has other columns; nothing is written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.stat().st_size == 0:
         with path.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(COLUMNS)
+            csv.writer(file, lineterminator="\n").writerow(columns(kind))
     else:
         with path.open(newline="") as file:
             found = next(csv.reader(file))
-        if found != COLUMNS:
-            raise ValueError(f"{path}: its columns are {found}, expected {COLUMNS}; move the file away first")
+        if found != columns(kind):
+            raise ValueError(
+                f"{path}: its columns are {found}, expected {columns(kind)}; move the file away first"
+            )
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         for row in rows:
@@ -306,15 +316,15 @@ def append(path: Path, rows: Iterable[Row]) -> None:
             writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a results file."""
+def read(path: Path, kind: Callable[..., AnyRow] = Row) -> list[AnyRow]:
+    """The rows of a results file; `kind` is their dataclass."""
     made_of: Mapping[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
-    convert = {column.name: made_of[str(column.type)] for column in dataclasses.fields(Row)}
+    convert = {column.name: made_of[str(column.type)] for column in dataclasses.fields(kind)}  # type: ignore[arg-type]
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            raise ValueError(f"{path}: its columns are {reader.fieldnames}, expected {COLUMNS}")
-        return [Row(**{name: convert[name](text) for name, text in line.items()}) for line in reader]
+        if reader.fieldnames != list(convert):
+            raise ValueError(f"{path}: its columns are {reader.fieldnames}, expected {list(convert)}")
+        return [kind(**{name: convert[name](text) for name, text in line.items()}) for line in reader]
 
 
 # ------------------------------------------------------------------------------------------------ a session
@@ -349,7 +359,7 @@ class Session:
             self.timer = CudaTimer() if self.device == "cuda" else HostTimer(self.threads)
         self.file = (self.out or results_folder()) / f"{self.family}.csv"
         now = datetime.datetime.now(datetime.timezone.utc)
-        self._constants: dict[str, Any] = {
+        self.constants: dict[str, Any] = {
             **describe(self.device),
             "date": now.isoformat(timespec="seconds").replace("+00:00", "Z"),
             "threads": self.threads,
@@ -360,7 +370,7 @@ class Session:
     @property
     def heading(self) -> str:
         """What was measured on, in one line."""
-        c = self._constants
+        c = self.constants
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return f"{c['machine']}, {c['isa']}, torch {c['torch']}, {threads}, {c['timer']}"
 
@@ -410,7 +420,7 @@ class Session:
             value, own = RELATIONS[relation.kind](of, base), Value.of(of.ns)
             fresh.append(
                 Row(
-                    **self._constants,
+                    **self.constants,
                     what=what,
                     direction=direction,
                     size=size,
