@@ -61,14 +61,14 @@ def implementation(
         ) -> Tensor:
             name = activation if isinstance(activation, str) else activation.name
             dtype = _check_complex(x) if complex_ else _check_real(x)
+            if along:
+                given["dim"] = check_dim("dim", given.get("dim", -1), x.dim())
             values = _parameters(name, options, needed, sizes, given)
             around = {"training": training, "generator": generator, "channel_dim": channel_dim}
             for key in context:
                 values[key] = around[key]
-            if along:
-                values["dim"] = check_dim("dim", values.get("dim", -1), x.dim())
-                if x.shape[values["dim"]] == 0:
-                    return x.clone()
+            if along and x.shape[values["dim"]] == 0:
+                return x.clone()
             return function(x.to(dtype) if widen else x, **values).to(x.dtype)
 
         IMPLEMENTATIONS[function.__name__] = call

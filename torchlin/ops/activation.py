@@ -21,6 +21,7 @@ from torchlin.ops._checks import (
     needs_grad,
 )
 from torchlin.ops.activation_autograd import ActivationInplace, apply
+from torchlin.ops.activation_composed import IMPLEMENTATIONS
 
 _raw: Any = torch.ops.torchlin
 _CPU_KERNEL = "_activation_fwd" in _library.ops()
@@ -198,19 +199,15 @@ def gated_activation(
 
 def _composed(x, name, implementation, training, inplace, out, channel_dim, generator, parameters):
     """What no formula over elements says: a composition of torch's operators."""
-    from torchlin.ops.activation_composed import IMPLEMENTATIONS
-
-    row = find(name)
     y = IMPLEMENTATIONS[implementation](
-        x, activation=row, training=training, generator=generator, **parameters
+        x, activation=name, training=training, generator=generator, channel_dim=channel_dim, **parameters
     )
-    if inplace or out is not None:
-        _check_outputs(x, inplace, out, ())
-        target = x if inplace else out
-        if target.shape != y.shape:
-            raise ValueError(f"{name} gives shape {tuple(y.shape)}, which does not fit {tuple(target.shape)}")
-        return target.copy_(y)
-    return y
+    if not inplace and out is None:
+        return y
+    if inplace and (y.shape != x.shape or needs_grad(x, y)):
+        raise ValueError(f"inplace=True: {name} cannot be computed in place of this x: use inplace=False")
+    _check_outputs(y if out is not None else x, inplace, out, [x])
+    return (x if inplace else out).copy_(y)
 
 
 def _swapped(name: str, gate: str | None) -> bool:
