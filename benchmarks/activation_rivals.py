@@ -8,6 +8,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 
 Function = Callable[..., Tensor]
 
-_nn = torch._C._nn  # where torch keeps the forms with out= of what torch.nn.functional has
+_nn: Any = torch._C._nn  # where torch keeps the forms with out= of what torch.nn.functional has
 
 # Names of the catalogue that torch has an operator for: the call, and the call into a tensor that exists.
 OWN: dict[str, tuple[Function, Callable[[Tensor, Tensor], object]]] = {

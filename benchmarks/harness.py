@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -259,9 +259,6 @@ class Row:
     q80_ns: float
 
 
-AnyRow = TypeVar("AnyRow")
-
-
 def columns(kind: type) -> list[str]:
     """The heading of a file of such rows: the fields of their dataclass."""
     return [column.name for column in dataclasses.fields(kind)]
@@ -316,7 +313,7 @@ def append(path: Path, rows: Iterable[Any], kind: type = Row) -> None:
             writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
 
 
-def read(path: Path, kind: Callable[..., AnyRow] = Row) -> list[AnyRow]:
+def read(path: Path, kind: Callable[..., Any] = Row) -> list[Any]:
     """The rows of a results file; `kind` is their dataclass."""
     made_of: Mapping[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
     convert = {column.name: made_of[str(column.type)] for column in dataclasses.fields(kind)}  # type: ignore[arg-type]
