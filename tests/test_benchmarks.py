@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import math
 import types
 from collections.abc import Callable
@@ -14,8 +15,18 @@ import pytest
 import torch
 
 from torchlin import _library
-from torchlin.benchmarks import bench_hadamard, harness, report
+from torchlin.benchmarks import (
+    activation_rivals,
+    bench_activation,
+    bench_hadamard,
+    harness,
+    heap,
+    image_data,
+    report,
+    train_activation,
+)
 from torchlin.benchmarks.harness import COLUMNS, Case, HostTimer, Relation, Row, Session, Value
+from torchlin.ops.activation import activation_reference
 
 needs_cpu_kernels = pytest.mark.skipif(not _library._CPU.loaded, reason=_library._CPU.reason)
 
@@ -458,3 +469,303 @@ def test_a_device_without_kernels_is_refused(
     with pytest.warns(RuntimeWarning, match="not available"):
         assert bench_hadamard.main(["--device", "cpu"]) == 1
     assert "no cpu kernels to measure" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- activations
+
+
+def test_a_cheap_function_takes_one_exponential():
+    cheap = {"relu", "leaky_relu", "hardswish", "sigmoid", "silu", "gelu", "gelu_tanh", "tanh", "elu", "mish"}
+    dear = {"softplus", "tanhexp", "logish", "serf", "gcu", "pau"}
+    assert {name for name in cheap | dear if bench_activation.is_cheap(name)} == cheap
+
+
+@pytest.mark.parametrize(
+    ("threads", "device", "name", "dtype", "direction", "limit"),
+    [
+        (2, "cpu", "mish", torch.float32, "forward", "<=1.3"),
+        (2, "cpu", "serf", torch.float32, "forward", "<=2"),
+        (2, "cpu", "gelu", torch.bfloat16, "forward", "<=1.5"),
+        (2, "cpu", "serf", torch.bfloat16, "forward", ""),
+        (2, "cpu", "silu", torch.float32, "backward", "<=1.5"),
+        (1, "cpu", "silu", torch.float32, "forward", ""),
+        (1, "cuda", "serf", torch.float32, "forward", "<=1.053"),
+        (1, "cuda", "serf", torch.float32, "backward", "<=1.111"),
+    ],
+)
+def test_goals_of_what_streams(threads, device, name, dtype, direction, limit):
+    session = types.SimpleNamespace(threads=threads, device=device)
+    assert bench_activation.goal(session, name, dtype, direction) == limit
+
+
+@pytest.mark.parametrize("name", [*activation_rivals.OWN, *activation_rivals.COMPOSITES])
+def test_rivals_are_the_functions_of_their_names(name: str):
+    x = 2 * torch.randn(1000, dtype=torch.float64)
+    expected = activation_reference(x, name)
+    torch.testing.assert_close(bench_activation.plain(name)(x), expected, rtol=1e-7, atol=1e-8)
+    if name in activation_rivals.OWN:
+        out = torch.empty_like(x)
+        activation_rivals.OWN[name][1](x, out)
+        torch.testing.assert_close(out, expected, rtol=1e-7, atol=1e-8)
+
+
+def test_every_name_of_one_tensor_is_swept():
+    names = bench_activation.scalar_names()
+    assert len(set(names)) == len(names) >= 400
+    assert {"relu", "pau", "rrelu", "serf"} <= set(names)
+    assert not {"swiglu", "maxout", "softmax"} & set(names)
+
+
+def test_a_kept_heap_has_no_page_faults():
+    resource = pytest.importorskip("resource")
+
+    def faults(size: int = 1 << 26) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.full((size,), 1, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with heap.kept(1 << 28) as kept:
+        if not kept:
+            pytest.skip("this C library is not glibc")
+        assert max(faults() for _ in range(5)) < 16
+    assert faults() > 16  # and afterwards it is as it was
+
+
+@needs_cpu_kernels
+def test_activation_quick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    checked: set[str] = set()
+    compare = Session.compare
+
+    def spy(self: Session, what: str, cases: list[Case], *rest: object, **how: object) -> object:
+        # Every contender but the floors computes the function, and is held against it.
+        if how.get("expected") is not None and all(
+            (case.result is None) == (case.name in FLOORS) for case in cases
+        ):
+            checked.add(what)
+        return compare(self, what, cases, *rest, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Session, "compare", spy)
+    monkeypatch.setattr(activation_rivals, "PEERS", {"torch": {"mish": lambda: torch.nn.functional.mish}})
+    threads = torch.get_num_threads()
+    assert bench_activation.main(["--quick", "--out", str(tmp_path)]) == 0
+    assert torch.get_num_threads() == threads
+    rows = harness.read(tmp_path / "activation.csv")
+    assert {row.mode for row in rows} == {"quick"}
+    assert {row.threads for row in rows} == {1, 2}
+    assert {row.what for row in rows} == checked
+    assert all(math.isfinite(row.value) and row.median_ns > 0 for row in rows)
+    goals = {(row.direction, row.dtype, row.base, row.goal) for row in rows if row.goal}
+    assert goals == {
+        ("forward", "float32", "nothing", "<=2.6"),
+        ("forward", "float32", "torchlin", ">=1"),
+        ("forward", "float32", "torchlin", ">=5"),
+        ("forward", "float32", "copy_", "<=1.3"),
+        ("forward", "float32", "copy_", "<=2"),
+        ("forward", "bfloat16", "copy_", "<=1.5"),
+    }
+    assert {"swiglu, halves", "swiglu, interleaved", "prelu, per channel"} <= checked
+    assert str(tmp_path / "activation.csv") in capsys.readouterr().out
+
+
+FLOORS = {"nothing", "copy_", "clone", "add(x, g, out=)", "mul(a, b, out=)"}
+
+
+@needs_cpu_kernels
+def test_the_catalogue_is_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(bench_activation, "scalar_names", lambda: ["relu", "pau", "swish_beta", "rrelu"] * 2)
+    assert bench_activation.main(["--all", "--quick", "--out", str(tmp_path)]) == 0
+    rows = harness.read(tmp_path / "activation_all.csv")
+    directions = {name: {row.direction for row in rows if row.what == name} for name in ("relu", "pau")}
+    assert directions["relu"] == {"forward", "backward"}
+    assert directions["pau"] == {"forward", "backward", "backward, parameters too"}
+    assert {row.base for row in rows} == {"copy_", "add(x, g, out=)"}
+    assert "the worst 30" in capsys.readouterr().out
+
+
+def activation_rows() -> list[Row]:
+    plain = row(size="16M", alloc="out=", base="copy_", case="torchlin", threads=2, timer="wall time")
+    return [
+        dataclasses.replace(plain, what=name, direction=direction, base=base, value=value, goal=goal)
+        for name, direction, base, value, goal in (
+            ("relu", "forward", "copy_", 1.0, "<=1.3"),
+            ("gelu", "forward", "copy_", 1.4, "<=1.3"),
+            ("mish", "forward", "copy_", 1.2, "<=1.3"),
+            ("serf", "forward", "copy_", 1.875, "<=2"),
+            ("relu", "backward", "add(x, g, out=)", 1.0, "<=1.5"),
+            ("serf", "backward", "add(x, g, out=)", 3.0, ""),
+        )
+    ]
+
+
+def test_functions_under_one_goal_share_a_line():
+    assert report.by_name(activation_rows()).splitlines()[2:] == [
+        "| | functions | n | dtype | timed (allocation) | over | goal | measured | |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| forward | relu, gelu, mish | 16M | float32 | torchlin (out=) | copy_ | ≤ 1.3 "
+        "| 1 (relu) … 1.4 (gelu) | missed: gelu |",
+        "| forward | serf | 16M | float32 | torchlin (out=) | copy_ | ≤ 2 | 1.88 (serf) | met |",
+        "| backward | relu | 16M | float32 | torchlin (out=) | add(x, g, out=) | ≤ 1.5 | 1 (relu) | met |",
+    ]
+
+
+def test_the_catalogue_is_counted_and_its_worst_are_named():
+    counts = report.catalogue_counts(activation_rows()).splitlines()[4:]
+    assert counts == [
+        "| forward | copy_ | 4 | 1 | 2 | 3 | 4 | 1.4 | 1.88 (serf) |",
+        "| backward | add(x, g, out=) | 2 | 1 | 1 | 1 | 1 | 3 | 3 (serf) |",
+    ]
+    worst = report.catalogue_worst(activation_rows()).splitlines()[4:]
+    assert worst[0] == "| serf | 1.88 | ≤ 2 | 3 |"
+    assert [line.split()[1] for line in worst] == ["serf", "gelu", "mish", "relu"]
+
+
+def test_each_page_gets_the_tables_it_asks_for(checkout: Path):
+    harness.append(checkout / "results" / "activation.csv", activation_rows())
+    page = checkout / "page.md"
+    block = "<!-- benchmark:begin {} -->\n<!-- benchmark:end -->\n"
+    page.write_text(f"one\n{block.format('activation')}two\n{block.format('activation-all')}three\n")
+    arguments = ["--results", str(checkout / "results"), str(page)]
+    assert report.main(["--check", *arguments]) == 1
+    assert report.main(arguments) == 0
+    text = page.read_text()
+    assert report.by_name(activation_rows()) in text
+    assert "hot in cache" not in text
+    assert text.endswith(f"two\n{block.format('activation-all')}three\n")  # there are no rows for it
+    assert report.main(["--check", *arguments]) == 0
+    assert run_report(checkout) == 0
+    both = (checkout / "README.md").read_text()
+    assert "hot in cache" in both
+    assert "missed: gelu" in both
+    with pytest.raises(ValueError, match="no such block; there are hadamard, activation"):
+        report.updated(block.format("speed"), checkout / "results")
+
+
+# ----------------------------------------------------------------------------------------- training the eighteen
+
+
+@pytest.fixture(scope="module")
+def digits() -> image_data.Images:
+    pytest.importorskip("sklearn")
+    return image_data.load("digits")
+
+
+def test_a_third_of_each_class_is_held_out(digits: image_data.Images):
+    assert (len(digits.train), len(digits.test), digits.classes) == (1198, 599, 10)
+    assert digits.train.shape[1:] == (1, 8, 8)
+    shares = digits.test_labels.bincount() / (digits.test_labels.bincount() + digits.train_labels.bincount())
+    assert ((shares - 1 / 3).abs() < 0.01).all()
+    assert abs(digits.train.mean()) < 1e-5
+    assert abs(digits.train.std() - 1) < 1e-5
+    seen = {image.numpy().tobytes() for image in digits.train}
+    assert sum(image.numpy().tobytes() in seen for image in digits.test) == 0
+    few = digits.first(100)
+    assert len(few.train) == 100
+    assert len(few.test) == 599
+    assert len(few.train_labels.unique()) == 10
+
+
+def test_files_that_are_missing_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(image_data.MissingData, match="apt-get install dataset-fashion-mnist"):
+        image_data.load("fashion-mnist", tmp_path)
+    with pytest.raises(SystemExit):
+        bench_activation.main(["--train", "--data", "fashion-mnist", "--path", str(tmp_path)])
+    assert "apt-get install dataset-fashion-mnist" in capsys.readouterr().err
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    heading = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    path.write_bytes(gzip.compress(heading + array.astype(np.uint8).tobytes()))
+
+
+def test_files_of_images_are_read(tmp_path: Path):
+    images = np.arange(3 * 4 * 5).reshape(3, 4, 5)
+    for part in ("train", "t10k"):
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", images)
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", np.array([0, 2, 1]))
+    data = image_data.load("fashion-mnist", tmp_path)
+    values = torch.from_numpy(images).float()
+    torch.testing.assert_close(data.train[:, 0], (values - values.mean()) / values.std())
+    assert data.test_labels.tolist() == [0, 2, 1]
+    bad = tmp_path / "bad.gz"
+    bad.write_bytes(gzip.compress(bytes([0, 0, 8, 1]) + (5).to_bytes(4, "big") + b"1234"))
+    with pytest.raises(ValueError, match="holds 4 bytes, its heading says 5"):
+        image_data.read_idx(bad)
+    bad.write_bytes(gzip.compress(b"\x89PNG"))
+    with pytest.raises(ValueError, match="no IDX file"):
+        image_data.read_idx(bad)
+
+
+@pytest.mark.parametrize("entry", train_activation.SURVEY, ids=lambda entry: entry.display)
+def test_ours_and_plain_torch_are_the_same_net(entry: train_activation.Entry, digits: image_data.Images):
+    """Value, and gradients of input and convolutions, of the nets whose times are compared."""
+    nets = []
+    for make in (entry.make, entry.plain):
+        torch.manual_seed(0)
+        nets.append(train_activation.network(make, 10, False).double())
+    x = digits.test[:16].double()
+    results = []
+    for net in nets:
+        y = net(x)
+        y.square().sum().backward()
+        results.append(
+            (y.detach(), [layer.weight.grad for layer in net if isinstance(layer, torch.nn.Conv2d)])
+        )
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
+    learned = [sum(p.numel() for p in net.parameters()) for net in nets]
+    assert learned[0] == learned[1]
+
+
+def test_training_repeats_and_learns(digits: image_data.Images):
+    torch.set_num_threads(1)
+    few = digits.first(300)
+    tanh = next(entry for entry in train_activation.SURVEY if entry.name == "tanh")
+    protocol = train_activation.Protocol(epochs=4)
+    assert protocol.milestone == 3
+    first, second, other = (train_activation.train(tanh, few, protocol, seed) for seed in (0, 0, 1))
+    assert first.test_accuracy > 0.5
+    assert dataclasses.replace(first, seconds=0) == dataclasses.replace(second, seconds=0)
+    assert other.train_loss != first.train_loss
+
+
+def test_trained_rows_and_their_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("sklearn")
+    command = ["--train", "--quick", "--only", "ReLU,swish_beta", "--threads", "1", "--out", str(tmp_path)]
+    assert bench_activation.main(command) == 0
+    rows = harness.read(tmp_path / "activation_train.csv", train_activation.Trained)
+    assert [(r.activation, r.parameters, r.seed, r.mode) for r in rows] == [
+        ("ReLU", "", 0, "quick"),
+        ("Swish", "b=0.25", 0, "quick"),
+    ]
+    assert all(0 <= r.test_accuracy <= 1 and r.seconds > 0 and r.test_images == 599 for r in rows)
+    times = harness.read(tmp_path / "activation_train_time.csv")
+    assert {(r.case, r.base) for r in times} == {
+        ("torchlin", "torch, ReLU"),
+        ("torch", "torch, ReLU"),
+        ("torch", "torchlin"),
+    }
+    assert {r.unit for r in times} == {"epoch"}
+    out = capsys.readouterr().out
+    assert "test accuracy, %" in out
+    assert report.trained(tmp_path) == []  # a quick run is reported nowhere
+    harness.append(
+        tmp_path / "activation_train.csv",
+        [
+            dataclasses.replace(r, mode="full", seed=seed, test_accuracy=r.seed + 0.5 + 0.1 * seed)
+            for r in rows[:1]
+            for seed in (0, 1)
+        ],
+        train_activation.Trained,
+    )
+    (text,) = report.trained(tmp_path)
+    assert "2 seeds" in text
+    assert "| ReLU | 55.00 ± 7.07 |" in text
+
+
+def test_unknown_functions_are_named(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        bench_activation.main(["--train", "--only", "relu,rellu"])
+    assert "rellu is none of the 18; they are Sigmoid, Tanh" in capsys.readouterr().err
