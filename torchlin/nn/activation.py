@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchlin import catalogue, registry
 from torchlin.catalogue import Parameter
 from torchlin.functional import activation, gated_activation
+from torchlin.ops._composed import options
 from torchlin.ops.activation_formula import defined
 
 Value = float | Sequence[float] | Tensor
@@ -376,10 +377,7 @@ class GatedActivation(_Named):
 
 @functools.cache
 def _module_of(name: str) -> type[nn.Module]:
-    try:
-        from torchlin.nn.activation_composed import MODULES
-    except ModuleNotFoundError:
-        MODULES = {}
+    from torchlin.nn.activation_composed import MODULES
 
     row = catalogue.find(name)
     return MODULES.get(row.name) or (GatedActivation if len(row.inputs) > 1 else Activation)
@@ -392,17 +390,23 @@ class Named:
     name: str
 
     def __call__(self, **kwargs: Any) -> nn.Module:
-        return _module_of(self.name)(self.name, **kwargs)
+        module = _module_of(self.name)
+        return module(self.name, **kwargs) if issubclass(module, _Named) else module(**kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
         """The module's arguments, with the parameters of this name in place of **parameters."""
-        row = catalogue.find(self.name)
+        row, module = catalogue.find(self.name), _module_of(self.name)
         keyword = inspect.Parameter.KEYWORD_ONLY
+        if not issubclass(module, _Named):
+            named = inspect.signature(module).parameters.values()
+            return inspect.Signature([p.replace(kind=keyword) for p in named])
         own = [inspect.Parameter(p.name, keyword, default=p.default) for p in row.parameters.values()]
+        if row.implementation:
+            own += [inspect.Parameter(k, keyword, default=v) for k, v in options(self.name).items()]
         general = [
             p
-            for p in inspect.signature(_module_of(self.name)).parameters.values()
+            for p in inspect.signature(module).parameters.values()
             if p.kind is keyword and p.name not in row.parameters and (p.name != "inplace" or row.inplace)
         ]
         return inspect.Signature([*own, *general])

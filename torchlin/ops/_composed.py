@@ -15,6 +15,7 @@ from torchlin.ops._checks import check_dim, check_float_tensor, compute_dtype
 from torchlin.ops.activation_forms import _number_parameter, traced_constant
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {}
+_options: dict[str, dict[str, Any]] = {}
 
 _COMPLEX = {
     torch.complex32: torch.complex64,
@@ -72,9 +73,17 @@ def implementation(
             return function(x.to(dtype) if widen else x, **values).to(x.dtype)
 
         IMPLEMENTATIONS[function.__name__] = call
+        _options[function.__name__] = {key: takes[key] for key in options} | ({"dim": -1} if along else {})
         return call
 
     return enter
+
+
+def options(name: str) -> dict[str, Any]:
+    """Of a composed activation: the arguments that are no parameters of the catalogue, and their defaults."""
+    row = find(name)
+    assert row.implementation is not None
+    return {k: v for k, v in _options[row.implementation].items() if k not in row.parameters}
 
 
 def _check_real(x: Tensor) -> torch.dtype:

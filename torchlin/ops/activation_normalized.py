@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,9 @@ class BatchNorm(NamedTuple):
         )
 
 
+Norm = Callable[[Tensor, bool], Tensor]  # BatchNorm, or what else normalises x in training or evaluation
+
+
 def _cast(x: Tensor, value: Tensor | None) -> Tensor | None:
     return None if value is None else value.to(x.dtype)
 
@@ -47,7 +51,7 @@ def _cast(x: Tensor, value: Tensor | None) -> Tensor | None:
 
 @implementation(sizes=("kernel",))
 def funnel(
-    x: Tensor, *, training: bool, weight: Tensor, bias: Tensor | None = None, norm: BatchNorm | None = None
+    x: Tensor, *, training: bool, weight: Tensor, bias: Tensor | None = None, norm: Norm | None = None
 ) -> Tensor:
     context = _depthwise(x, weight, bias)
     return torch.maximum(x, context if norm is None else norm(context, training))
@@ -124,8 +128,8 @@ def meta_acon(
     fc1_bias: Tensor | None,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
-    norm1: BatchNorm | None = None,
-    norm2: BatchNorm | None = None,
+    norm1: Norm | None = None,
+    norm2: Norm | None = None,
 ) -> Tensor:
     channel_dim, channels = _feature_dim(x, channel_dim)
     h = _linear("fc1", _pooled(x, channel_dim), fc1_weight, fc1_bias)
