@@ -2,6 +2,8 @@
 
 TORCHLIN_CUDA=0 leaves `_cuda` out, TORCHLIN_CUDA=1 makes a missing nvcc an error; TORCH_CUDA_ARCH_LIST chooses architectures
 ("9.0;10.0+PTX"). No GPU is needed to build, and any torch will do: nothing but its stable headers is compiled against.
+The functors of activations are written from torchlin/catalogue, in groups: csrc/activation/shard.cpp (and .cu) is compiled
+once for each.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11: the oldest release that one wheel serves
 DEFAULT_CUDA_ARCHS = "8.0;9.0;10.0;12.0+PTX"
+GENERATED = ROOT / "build" / "generated"
+SHARDS = 20
 
 
 def find_nvcc() -> str | None:
@@ -48,7 +52,37 @@ def cuda_arch_flags() -> list[str]:
 
 
 def sources(pattern: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob(pattern))
+    found = (str(path.relative_to(ROOT)) for path in CSRC.rglob(pattern))
+    return sorted(path for path in found if not is_template(path))
+
+
+def is_template(source: str) -> bool:
+    return Path(source).stem == "shard"
+
+
+def write_functors() -> list[str]:
+    """Writes what is compiled of the catalogue; the names of the shards. What has not changed is left alone."""
+    sys.path.insert(0, str(ROOT / "torchlin"))  # not `import torchlin`, which would load what is to be built
+    try:
+        from catalogue.cpp_code import write
+    finally:
+        sys.path.pop(0)
+    return [path.stem for path in write(GENERATED / "activation", SHARDS) if path.stem.startswith("shard")]
+
+
+def compile_lines(ext: Extension, folder: Path, shards: list[str]) -> tuple[list[str], list[str]]:
+    """Ninja's lines for the objects of a library, and the objects."""
+    compiler, suffix = ("nvcc", ".cu") if is_cuda(ext) else ("cxx", ".cpp")
+    objects = {source: folder / f"{source.replace('/', '.')}.o" for source in ext.sources}
+    lines = [f"build {obj}: {compiler} {ROOT / source}" for source, obj in objects.items()]
+    template = CSRC / "activation" / f"shard{suffix}"
+    made = {shard: folder / f"activation.{shard}{suffix}.o" for shard in shards if template.exists()}
+    for shard, obj in made.items():
+        lines += [f"build {obj}: {compiler} {template}"]
+        lines += [
+            f'  defines = -DTORCHLIN_SHARD_FILE=\\"activation/{shard}.inc\\" -DTORCHLIN_SHARD_NAME={shard}'
+        ]
+    return lines, [str(obj) for obj in (*objects.values(), *made.values())]
 
 
 class NinjaBuild(build_ext):
@@ -61,16 +95,18 @@ class NinjaBuild(build_ext):
         # Not setuptools' temporary folder: an editable install throws that away, and nothing would be incremental.
         folder = ROOT / "build" / f"native-torch{torch.__version__}{'-debug' if self.debug else ''}"
         folder.mkdir(parents=True, exist_ok=True)
+        shards = write_functors()
         lines = cpu_rules(torch_dir, self.debug)
         if any(is_cuda(ext) for ext in self.extensions):
             lines += cuda_rules(torch_dir, self.debug)
         for ext in self.extensions:
             target = Path(self.get_ext_fullpath(ext.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            objects = {folder / f"{source.replace('/', '.')}.o": ROOT / source for source in ext.sources}
-            compiler, linker = ("nvcc", "link_cuda") if is_cuda(ext) else ("cxx", "link")
-            lines += [f"build {obj}: {compiler} {source}" for obj, source in objects.items()]
-            lines.append(f"build {target}: {linker} {' '.join(map(str, objects))}")
+            compiled, objects = compile_lines(ext, folder, shards)
+            lines += [
+                *compiled,
+                f"build {target}: {'link_cuda' if is_cuda(ext) else 'link'} {' '.join(objects)}",
+            ]
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         subprocess.run([ninja(), *jobs], check=True, cwd=folder)
@@ -86,7 +122,7 @@ def is_cuda(ext: Extension) -> bool:
 def common_flags(torch_dir: Path, debug: bool) -> tuple[list[str], list[str]]:
     """Flags of both compilers, and those that keep the build machine's paths out of error texts."""
     common = ["-O1 -g" if debug else "-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    common += [f"-I{CSRC}", f"-isystem {torch_dir / 'include'}"]
+    common += [f"-I{CSRC}", f"-I{GENERATED}", f"-isystem {torch_dir / 'include'}"]
     return common, [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch_dir}/=torch/"]
 
 
@@ -104,7 +140,7 @@ def cpu_rules(torch_dir: Path, debug: bool) -> list[str]:
     return [
         f"cxx = {os.environ.get('CXX', 'g++')}",
         "rule cxx",
-        f"  command = $cxx -MMD -MF $out.d {' '.join(flags)} -c $in -o $out",
+        f"  command = $cxx -MMD -MF $out.d {' '.join(flags)} $defines -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -120,7 +156,7 @@ def cuda_rules(torch_dir: Path, debug: bool) -> list[str]:
         f"nvcc = {find_nvcc()}",
         "rule nvcc",
         # ptxas reports registers, shared memory and spills of each kernel: kept beside the object, read by the tests.
-        f"  command = $nvcc -MD -MF $out.d {' '.join(flags)} -c $in -o $out > $out.ptxas 2>&1 || "
+        f"  command = $nvcc -MD -MF $out.d {' '.join(flags)} $defines -c $in -o $out > $out.ptxas 2>&1 || "
         "(cat $out.ptxas; exit 1)",
         "  depfile = $out.d",
         "  deps = gcc",

@@ -55,6 +55,9 @@ Dual arg(const SeededSlots& p, int i, int j = 0) {
 }
 inline int length(const Slots& p, int i) { return p.size[i]; }
 
+#define TORCHLIN_FUNCTOR inline
+#include "activation/reductions.h"
+
 template <class A, class B>
 using Common = std::conditional_t<std::is_same_v<A, B>, A, Dual>;
 
@@ -141,6 +144,8 @@ TL_MATH(log1p, 1.0 / (1.0 + u))
 TL_MATH(tanh, sech(u) * sech(u))
 TL_MATH(erf, M_2_SQRTPI * std::exp(-u * u))
 TL_MATH(erfc, -M_2_SQRTPI * std::exp(-u * u))
+inline double ndtr(double u) { return 0.5 * std::erfc(-M_SQRT1_2 * u); }
+TL_UNARY(ndtr, ndtr(u), 0.5 * M_SQRT1_2 * M_2_SQRTPI * std::exp(-0.5 * u * u))
 TL_MATH(sin, std::cos(u))
 TL_MATH(cos, -std::sin(u))
 TL_MATH(atan, 1.0 / (1.0 + u * u))

@@ -565,6 +565,7 @@ def native(tmp_path_factory) -> Native:
             "-Werror",
             f"-I{folder}",
             f"-I{TESTS}",
+            f"-I{TESTS.parent / 'csrc'}",
             '-DTORCHLIN_ALL_SHARDS="shard_00.inc"',
             str(TESTS / "catalogue_functors.cpp"),
             "-o",
@@ -857,12 +858,15 @@ def test_kernel_table():
     assert plan("mish").kernel.id == kernels()["mish"].id
 
 
+IN_REDUCTIONS_H = {"element", "sum", "polynomial", "chebyshev", "legendre", "hermite"}
+
+
 def test_functors_use_only_what_the_list_has():
     import re
 
     for k in kernels().values():
         used = set(re.findall(r"tl::(\w+)", functor(k)))
-        assert used <= {*CPP_PRIMITIVES, "lit", "arg", "length"}, k.name
+        assert used <= {*CPP_PRIMITIVES, "lit", "arg", *IN_REDUCTIONS_H}, k.name
         ops = {p.op for p in k.body.walk() if isinstance(p, Call)}
         assert "gamma" not in ops, "gamma is for the host"
 

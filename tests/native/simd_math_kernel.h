@@ -3,6 +3,12 @@
 #include "simd/math.h"
 #include "simd/dual.h"
 
+#undef TORCHLIN_FUNCTOR
+#define TORCHLIN_FUNCTOR TORCHLIN_INLINE
+namespace tl {
+#include "activation/reductions.h"
+}
+
 template <class C>
 struct Constants {
   const tests::Call& call;

@@ -4,19 +4,20 @@ build; needs no torch.
 A kernel becomes
 
     struct K_elu {
-      static constexpr int inputs = 1, slots = 1;
-      template <class T, class P> static inline T f(T x, const P& p) { ... }
+      static constexpr int id = 1033905283, inputs = 1, slots = 1, reductions = 0;
+      static constexpr unsigned vectors = 0x0;  // bit i: slot i is a coefficient vector
+      template <class T, class P> static TORCHLIN_FUNCTOR auto f(T x, const P& p) { ... }
     };
 
-which computes in terms of T and these names; T is a SIMD vector, a scalar, or a dual number (value and
-derivatives) of either. A constant C is T itself, or the value type of a dual number: it mixes with T in
-everything below, converts to T, and has no derivative at all rather than one of 0, which would cost a
-multiplication and make 0 * inf of it.
+which computes in terms of T and these names; TORCHLIN_FUNCTOR is `inline` unless it is defined before. T is a
+SIMD vector, a scalar, or a dual number (value and derivatives) of either. A constant C is T itself, or the
+value type of a dual number: it mixes with T in everything below, converts to T, and has no derivative at all
+rather than one of 0, which would cost a multiplication and make 0 * inf of it.
 
     T + T  T - T  T * T  T / T  -T, with C on either side too
     tl::lit<T>(c)                  the C of a double, known when compiling but in loops over coefficients
     tl::arg<T>(p, i)               slot i of p, broadcast: a C, or a T where derivatives by slots are wanted
-    tl::arg<T>(p, i, j)            element j of the coefficient vector in slot i
+    tl::arg<T>(p, i, j)            element j of the coefficient vector in slot i; tl::element in a sum's term
     tl::length(p, i)               how many it has: an int, at least 1
     tl::gt ge lt le eq ne (u, v)   a mask; false where either is NaN (not ne); of dual numbers, by value
     tl::where(mask, u, v)          value and derivative of one, whatever the other holds (inf, NaN)
@@ -26,7 +27,7 @@ multiplication and make 0 * inf of it.
     tl::sqrt                       derivative 1/(2 sqrt(u)), infinite at 0
     tl::pow(u, v)                  as C's pow: negative u with an integral v too. Derivatives v pow(u, v - 1),
                                    0 for v = 0, and pow(u, v) log(u), 0 for u = 0 and v >= 0
-    tl::exp expm1 log log1p tanh sigmoid erf erfc sin cos atan sinh cosh asinh
+    tl::exp expm1 log log1p tanh sigmoid erf erfc ndtr sin cos atan sinh cosh asinh
     tl::softplus                   log(1 + exp(u)) without overflow; derivative sigmoid(u)
     tl::sech                       1/cosh(u) without overflow; derivative -sech(u) tanh(u)
     tl::sinc                       sin(u)/u, 1 at 0; derivative (cos(u) - sinc(u))/u, -u/3 near 0
@@ -34,6 +35,14 @@ multiplication and make 0 * inf of it.
     tl::tanh_softplus              tanh(softplus(u)) = n/(n + 2), n = e (e + 2), e = exp(u)
     tl::log1p_sigmoid              log(1 + sigmoid(u))
     tl::ste(u, v)                  the value of u with the derivative of v (straight-through)
+    tl::sum<k, T, i, ...>(p, term) sum of term(j) over the coefficient vectors in slots i, ...: the k-th
+                                   reduction of this functor
+    tl::polynomial<k, T, i>(p, u)  sum of arg<T>(p, i, j) u^j; chebyshev, legendre and hermite likewise, with
+                                   T_j(u), P_j(u) and H_j(u)
+
+The last two and element are written once, in terms of the others, in csrc/activation/reductions.h, to be included in
+namespace tl; what P says about them makes derivatives by all coefficients in one more run (see there). f
+returns a T or, for a function without its inputs, a C.
 
 Masks come from comparisons only and go to where() only. Derivatives follow what torch's autograd gives for
 its own functions; a function of a saturated argument should have the derivative 0, not 0 * inf.
@@ -48,15 +57,10 @@ from .formula import COMPARISONS, PRIMITIVES, REDUCTIONS, Call, Input, Node, Num
 from .kernels import Kernel, kernels, with_named_slots
 from .rewrite import Slot
 
-# What the C++ side has to provide, beside arithmetic, lit, arg and length.
+# What the C++ side has to provide, beside arithmetic, lit, arg, length and reductions.h.
 CPP_PRIMITIVES = (*PRIMITIVES, *COMPARISONS.values())
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _TIGHT = {"add": 1, "sub": 1, "mul": 2, "div": 2}
-_RECURRENCE = {
-    "chebyshev": ("j ? 2.0 : 1.0", "j ? 1.0 : 0.0"),
-    "legendre": ("(2.0 * j + 1.0) / (j + 1.0)", "j / (j + 1.0)"),
-    "hermite": ("2.0", "2.0 * j"),
-}
 _INLINE_LIMIT = 90  # characters; a longer subexpression gets a name
 
 
@@ -65,7 +69,7 @@ class _Emitter:
         self.kernel = kernel
         self.lines: list[str] = []
         self.text: dict[Node, tuple[str, int]] = {}  # an expression and how tightly it binds
-        self.count = 0
+        self.count = self.reductions = 0
         self.uses: dict[Node, int] = {}
         self.in_loop: set[Node] = (
             set()
@@ -99,7 +103,7 @@ class _Emitter:
         elif isinstance(part, Input):
             self.text[part] = part.name, 9
         elif isinstance(part, Call) and part.op in REDUCTIONS:
-            self.text[part] = self.loop(part), 9
+            self.text[part] = self.reduction(part), 9
         elif isinstance(part, Call):
             text, own = self.expression(part)
             shared = self.uses.get(part, 0) > 1 or (part in self.in_loop and not part.is_vector)
@@ -119,47 +123,31 @@ class _Emitter:
             return f"{left} {_INFIX[part.op]} {right}", own
         return f"tl::{part.op}({', '.join(self.text[arg][0] for arg in part.args)})", 9
 
-    def loop(self, part: Call) -> str:
-        """Writes a reduction over coefficients as a loop; returns the name of the total."""
+    def reduction(self, part: Call) -> str:
+        """Writes a reduction over coefficients; returns the name of the total."""
         total = f"s{self.count}"
         self.count += 1
-        if part.op == "sum":
-            vectors = [v for v in part.args[0].walk() if isinstance(v, Slot) and v.vector]
-            self.line(f"T {total} = tl::lit<T>(0.0);")
-            self.line(f"for (int j = 0; j < tl::length(p, {vectors[0].index}); ++j) {{")
-            for v in vectors:
-                self.line(f"  const auto p{v.index} = tl::arg<T>(p, {v.index}, j);")
-                self.text[v] = f"p{v.index}", 9
-            start = len(self.lines)
-            for node in part.args[0].walk():
-                if node.is_vector and not isinstance(node, Slot):
-                    self.enter(node)
-            self.lines[start:] = ["  " + line for line in self.lines[start:]]
-            self.line(f"  {total} = {total} + {self.inside(part.args[0], 2)};")
-            self.line("}")
-            for node in part.args[0].walk():  # names of this loop end with it
-                if node.is_vector:
-                    self.text.pop(node, None)
+        vectors = [v for v in part.args[0].walk() if isinstance(v, Slot) and v.vector]
+        template = ", ".join([f"{self.reductions}, T", *(str(v.index) for v in vectors)])
+        self.reductions += 1
+        if part.op != "sum":
+            name = "polynomial" if part.op == "poly" else part.op
+            self.line(f"const auto {total} = tl::{name}<{template}>(p, {self.text[part.args[1]][0]});")
             return total
-        coefficients, u = part.args
-        assert isinstance(coefficients, Slot)
-        i, argument = coefficients.index, self.inside(u, 3)
-        if part.op == "poly":  # Horner
-            self.line(f"T {total} = tl::arg<T>(p, {i}, tl::length(p, {i}) - 1);")
-            self.line(f"for (int j = tl::length(p, {i}) - 1; j-- > 0;)")
-            self.line(f"  {total} = {total} * {argument} + tl::arg<T>(p, {i}, j);")
-            return total
-        alpha, gamma = _RECURRENCE[part.op]
-        n = total[1:]
-        self.line(f"T {total} = tl::arg<T>(p, {i}, 0), now{n} = tl::lit<T>(1.0), last{n} = tl::lit<T>(0.0);")
-        self.line(f"for (int j = 0; j + 1 < tl::length(p, {i}); ++j) {{")
-        self.line(
-            f"  const T next = tl::lit<T>({alpha}) * {argument} * now{n} - tl::lit<T>({gamma}) * last{n};"
-        )
-        self.line(f"  last{n} = now{n};")
-        self.line(f"  now{n} = next;")
-        self.line(f"  {total} = {total} + tl::arg<T>(p, {i}, j + 1) * next;")
-        self.line("}")
+        self.line(f"const auto {total} = tl::sum<{template}>(p, [&](int j) {{")
+        start = len(self.lines)
+        for v in vectors:
+            self.line(f"const auto p{v.index} = tl::element<T>(p, {v.index}, j);")
+            self.text[v] = f"p{v.index}", 9
+        for node in part.args[0].walk():
+            if node.is_vector and not isinstance(node, Slot):
+                self.enter(node)
+        self.line(f"return {self.text[part.args[0]][0]};")
+        self.lines[start:] = ["  " + line for line in self.lines[start:]]
+        self.line("});")
+        for node in part.args[0].walk():  # names of this loop end with it
+            if node.is_vector:
+                self.text.pop(node, None)
         return total
 
 
@@ -169,16 +157,19 @@ def _double(value: float) -> str:
 
 def functor(kernel: Kernel) -> str:
     """The C++ struct of a kernel."""
-    lines = _Emitter(kernel).emit()
+    emitter = _Emitter(kernel)
+    body = "\n".join(f"    {line}" for line in emitter.emit())
     inputs = ", ".join(f"T {name}" for name in kernel.inputs)
     p = " p" if kernel.vector_slots else ""
-    body = "\n".join(f"    {line}" for line in lines)
+    vectors = sum(1 << i for i, vector in enumerate(kernel.vector_slots) if vector)
     return (
         f"// {kernel.name}: {with_named_slots(kernel.body)}\n"
         f"struct K_{kernel.name} {{\n"
-        f"  static constexpr int inputs = {len(kernel.inputs)}, slots = {len(kernel.vector_slots)};\n"
+        f"  static constexpr int id = {kernel.id}, inputs = {len(kernel.inputs)}, "
+        f"slots = {len(kernel.vector_slots)}, reductions = {emitter.reductions};\n"
+        f"  static constexpr unsigned vectors = {vectors:#x};\n"
         f"  template <class T, class P>\n"
-        f"  static inline T f({inputs}, const P&{p}) {{\n{body}\n  }}\n}};\n"
+        f"  static TORCHLIN_FUNCTOR auto f({inputs}, const P&{p}) {{\n{body}\n  }}\n}};\n"
     )
 
 
@@ -203,27 +194,37 @@ def shards(count: int, table: Sequence[Kernel] | None = None) -> list[list[Kerne
     return [sorted(group, key=lambda k: k.name) for group in groups]
 
 
+_HEAD = """// Written by torchlin/catalogue/cpp_code.py from the catalogue: edit that.
+#ifndef TORCHLIN_FUNCTOR
+#define TORCHLIN_FUNCTOR inline
+#endif
+"""
+
+
+def shard(group: Sequence[Kernel]) -> str:
+    """Functors as a file, which ends with `TORCHLIN_SHARD(X)`: X(functor) for each."""
+    calls = " \\\n".join(f"  X(K_{kernel.name})" for kernel in group)
+    functors = "\n".join(functor(kernel) for kernel in group)
+    return f"{_HEAD}\n{functors}\n#define TORCHLIN_SHARD(X) \\\n{calls}\n"
+
+
 def write(directory: str | Path, count: int) -> list[Path]:
     """Writes shard_00.inc ... and kernels.inc; leaves a file alone that has the right content, so that
     nothing recompiles.
 
-    Each shard defines its functors and `TORCHLIN_SHARD(X)`, which calls X(functor) for each. kernels.inc
-    defines `TORCHLIN_KERNELS(X)`, which calls X(functor, "name", id, inputs, slots) for all, in the order of
-    the names.
+    kernels.inc defines `TORCHLIN_KERNELS(X)`, which calls X(functor, "name", id, inputs, slots) for all, in
+    the order of the names, and `TORCHLIN_SHARDS(X)`, which calls X(shard_00) for each shard.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    head = "// Written by torchlin/catalogue/cpp_code.py from the catalogue: edit that.\n"
-    files: dict[str, str] = {}
-    for number, group in enumerate(shards(count)):
-        calls = " \\\n".join(f"  X(K_{kernel.name})" for kernel in group)
-        functors = "\n".join(functor(kernel) for kernel in group)
-        files[f"shard_{number:02}.inc"] = f"{head}\n{functors}\n#define TORCHLIN_SHARD(X) \\\n{calls}\n"
+    files = {f"shard_{number:02}.inc": shard(group) for number, group in enumerate(shards(count))}
+    every = " ".join(f"X({Path(name).stem})" for name in files)
     rows = " \\\n".join(
         f'  X(K_{k.name}, "{k.name}", {k.id}, {len(k.inputs)}, {len(k.vector_slots)})'
         for k in sorted(kernels().values(), key=lambda k: k.name)
     )
-    files["kernels.inc"] = f"{head}\n#define TORCHLIN_KERNELS(X) \\\n{rows}\n"
+    tables = f"#define TORCHLIN_KERNELS(X) \\\n{rows}\n\n#define TORCHLIN_SHARDS(X) {every}\n"
+    files["kernels.inc"] = f"{_HEAD}\n{tables}"
     for name, content in files.items():
         path = directory / name
         if not path.exists() or path.read_text(encoding="utf-8") != content:
