@@ -174,6 +174,8 @@ def gated_activation(
             raise TypeError(f"{key} must have a's dtype and device, got {tensor.dtype} on {tensor.device}")
     if b is not None:
         split, split_dim = 0, 0
+        if b is a:  # torch.compile takes no tensor twice
+            b = a.view_as(a)
         tensors_in = _broadcast(canonical, [b, a, *others] if second_first else [a, b, *others])
         shape = tensors_in[0].shape
     else:
@@ -299,7 +301,7 @@ def _compute(
         if not torch.compiler.is_compiling() and not target.is_inference():
             torch.autograd.graph.increment_version(target)
         return target
-    return apply(inputs, slots, kernel, lengths, channel_dim, split, split_dim)
+    return apply(inputs, slots, call.items is None, kernel, lengths, channel_dim, split, split_dim)
 
 
 def _remember(call: forms.Call, x: Tensor, slots: Tensor | None) -> None:

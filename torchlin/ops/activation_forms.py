@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -149,16 +149,67 @@ class Call:
     values: dict[str, Any]
     items: tuple[tuple[str, Any], ...] | None  # the same where all of them are numbers
     channels: int  # values of the largest parameter
+    constants: dict[Any, tuple[Tensor, Sequence[int]]] = field(
+        default_factory=dict
+    )  # slots, by dtype and device
 
 
 def prepare(
     name: str, training: bool, parameters: Mapping[str, Any], like: Tensor, generator: torch.Generator | None
 ) -> Call:
+    """The parameters, checked; those that stay numbers are checked once."""
+    items = _plain_numbers(parameters)
+    if items is not None:
+        call = _number_call(name, training, items)
+        if call.items is not None:
+            return call
     form = form_of(name, training)
-    values: dict[str, Any] = {}
-    channels, numbers = 1, True
-    for key, default in zip(form.parameters, form.defaults, strict=True):
-        values[key] = default
+    values = _named_values(form, parameters)
+    channels = 1
+    for key, value in values.items():
+        if isinstance(value, Tensor):
+            is_vector = isinstance(form.defaults[form.parameters.index(key)], tuple)
+            values[key], count = _tensor_parameter(key, value, is_vector, like)
+            if count > 1 and channels > 1 and count != channels:
+                raise ValueError(
+                    f"{key} has {count} values for the channels, another parameter of {form.name} has {channels}"
+                )
+            channels = max(channels, count)
+    for key, distribution, arguments, vector in form.noises:
+        if vector:
+            size, numbers = len(values[vector]), run(arguments, values, torch.float32)
+            noise = _draw(distribution, numbers, (size,), like, generator)
+            values[key] = list(noise.to(compute_dtype(like.dtype)).unsqueeze(-1).unbind(0))
+    return Call(form, training, values, None, channels)
+
+
+def _plain_numbers(parameters: Mapping[str, Any]) -> tuple[tuple[str, Any], ...] | None:
+    """Parameters that are numbers, or sequences of numbers, in a form to remember; None if there are others."""
+    items: list[tuple[str, Any]] = []
+    for key, value in parameters.items():
+        if isinstance(value, (list, tuple)):
+            for element in value:
+                if not isinstance(element, (int, float)) or isinstance(element, bool):
+                    return None
+            items.append((key, tuple(value)))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            items.append((key, value))
+        else:
+            return None
+    return tuple(items)
+
+
+@traced_constant
+def _number_call(name: str, training: bool, items: tuple[tuple[str, Any], ...]) -> Call:
+    form = form_of(name, training)
+    values = _named_values(form, dict(items))
+    drawn = any(like for *_, like in form.noises)  # a coefficient vector that changes with every call
+    return Call(form, training, values, None if drawn else tuple(values.items()), 1)
+
+
+def _named_values(form: Form, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters by name: defaults, numbers that came and were checked, tensors that came as they are."""
+    values: dict[str, Any] = dict(zip(form.parameters, form.defaults, strict=True))
     words, given = dict(form.words), set()
     for word, value in parameters.items():
         key = words.get(word, word)
@@ -168,24 +219,8 @@ def prepare(
         if key in given:
             raise TypeError(f"{form.name}: the parameter {key!r} came twice, as {word!r} too")
         given.add(key)
-        if isinstance(value, Tensor):
-            numbers = False
-            values[key], count = _tensor_parameter(key, value, isinstance(values[key], tuple), like)
-            if count > 1 and channels > 1 and count != channels:
-                raise ValueError(
-                    f"{key} has {count} values for the channels, another parameter of {form.name} has {channels}"
-                )
-            channels = max(channels, count)
-        else:
-            values[key] = _number_parameter(form.name, key, value)
-    for key, _, arguments, vector in form.noises:
-        if vector:
-            numbers = False
-            size = len(values[vector])
-            noise = _draw(form, key, run(arguments, values, torch.float32), (size,), like, generator)
-            values[key] = list(noise.to(compute_dtype(like.dtype)).unsqueeze(-1).unbind(0))
-    items = tuple(values.items()) if numbers else None
-    return Call(form, training, values, items, channels)
+        values[key] = value if isinstance(value, Tensor) else _number_parameter(form.name, key, value)
+    return values
 
 
 def _tensor_parameter(key: str, value: Tensor, is_vector: bool, like: Tensor) -> tuple[Any, int]:
@@ -233,14 +268,12 @@ def _number(key: str, value: Any) -> float:
 
 
 def _draw(
-    form: Form,
-    key: str,
+    distribution: str,
     arguments: list[Any],
     shape: Sequence[int],
     like: Tensor,
     generator: torch.Generator | None,
 ) -> Tensor:
-    distribution = next(d for name, d, _, _ in form.noises if name == key)
     options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
     if distribution == "uniform":
         low, high = arguments
@@ -257,10 +290,10 @@ def _draw(
 def noise_inputs(call: Call, like: Tensor, generator: torch.Generator | None) -> list[Tensor]:
     """Noise for each element, of like's shape and dtype."""
     drawn = []
-    for key, _, arguments, vector in call.form.noises:
+    for _, distribution, arguments, vector in call.form.noises:
         if not vector:
             values = run(arguments, call.values, torch.float32)
-            drawn.append(_draw(call.form, key, values, like.shape, like, generator))
+            drawn.append(_draw(distribution, values, like.shape, like, generator))
     return drawn
 
 
@@ -270,8 +303,17 @@ def slots_of(call: Call, like: Tensor) -> tuple[Tensor | None, Sequence[int]]:
     if not form.vectors:
         return None, ()
     if call.items is not None:
-        lengths = _constant_lengths(form.name, call.training, call.items)
-        return _constant_slots(form.name, call.training, call.items, dtype, like.device), lengths
+        if torch.compiler.is_compiling():
+            lengths = _constant_lengths(form.name, call.training, call.items)
+            return _constant_slots(form.name, call.training, call.items, dtype, like.device), lengths
+        known = call.constants.get((dtype, like.device))
+        if known is None:
+            known = (
+                _constant_slots(form.name, call.training, call.items, dtype, like.device),
+                _constant_lengths(form.name, call.training, call.items),
+            )
+            call.constants[(dtype, like.device)] = known
+        return known
     rows: list[Tensor] = []
     sizes: list[int] = []
     values = {
