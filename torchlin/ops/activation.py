@@ -103,6 +103,8 @@ def activation(
     call = forms.prepare(canonical, training, parameters, x, generator)
     channel_dim = _check_channels(call, x.shape, channel_dim)
     _check_outputs(x, inplace, out, [v for v in parameters.values() if isinstance(v, Tensor)])
+    if not parameters and not torch.compiler.is_compiling():
+        _remember(name, call, x)
     inputs = [x, *forms.noise_inputs(call, x, generator)]
     return _compute(call, inputs, channel_dim, 0, 0, inplace, out)
 
@@ -291,8 +293,6 @@ def _compute(
         return (x if out is None else out).copy_(y)
     slots, lengths = forms.slots_of(call, x)
     kernel = call.form.kernel
-    if not split and len(inputs) == 1 and not torch.compiler.is_compiling():
-        _remember(call, x, slots)
     if by_autograd:
         return ActivationInplace.apply(x, slots, kernel, lengths)
     if inplace or out is not None:
@@ -304,12 +304,16 @@ def _compute(
     return apply(inputs, slots, call.items is None, kernel, lengths, channel_dim, split, split_dim)
 
 
-def _remember(call: forms.Call, x: Tensor, slots: Tensor | None) -> None:
+def _remember(name: str, call: forms.Call, x: Tensor) -> None:
     """Keeps what the short way needs, if this call was plain."""
     form = call.form
-    plain = call.items == tuple(zip(form.parameters, form.defaults, strict=True)) and not call.training
-    if plain and x.is_cpu and not any(form.vectors):
-        _plain[(form.name, x.dtype)] = form.kernel, slots
+    defaults = tuple(zip(form.parameters, form.defaults, strict=True))
+    if (
+        call.items == defaults
+        and x.is_cpu
+        and not (call.training or any(form.vectors) or _use_reference(form, x))
+    ):
+        _plain[(name, x.dtype)] = form.kernel, forms.slots_of(call, x)[0]
 
 
 def activation_reference(
