@@ -208,7 +208,7 @@ def _goals(file: str, form: Callable[[list[Row]], str]) -> Callable[[Path], list
 
 
 def trained(results: Path) -> list[str]:
-    """The last run of each setting, each as a table, with the times that were taken in it."""
+    """The last run of each setting, each as a table, with the last times that were taken of it."""
     path, times_path = results / "activation_train.csv", results / "activation_train_time.csv"
     if not path.exists():
         return []
@@ -216,7 +216,7 @@ def trained(results: Path) -> list[str]:
     for row in read(path, Trained):
         if row.mode == "full":
             runs.setdefault(row.setting, {}).setdefault(row.date, []).append(row)
-    times = read(times_path) if times_path.exists() else []
+    times = [row for row in read(times_path) if row.mode == "full"] if times_path.exists() else []
     parts = []
     for dates in runs.values():
         rows = dates[max(dates)]
@@ -227,7 +227,9 @@ def trained(results: Path) -> list[str]:
             f"{len({row.seed for row in rows})} seeds; {first.machine}, {first.isa}, torch {first.torch}, "
             f"{_threads(first)}, {first.date[:10]}, commit {first.commit}:"
         )
-        table = _table(TRAINED_COLUMNS, lines(rows, [time for time in times if time.date == first.date]))
+        timed = [time for time in times if time.size == first.size and time.machine == first.machine]
+        last = max((time.date for time in timed), default="")
+        table = _table(TRAINED_COLUMNS, lines(rows, [time for time in timed if time.date == last]))
         parts.append(f"{heading}\n\n{table}")
     return parts
 

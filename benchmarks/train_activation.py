@@ -1,6 +1,6 @@
 """Trains the 18 functions of Dubey, Singh and Chaudhuri (arXiv 2109.14545) with one small CNN on real images.
 
-    torchlin bench activation --train [--data digits|fashion-mnist|mnist] [--seeds 3] [--only relu,pau]
+    torchlin bench activation --train [--data digits|fashion-mnist|mnist] [--seeds 5] [--only relu,pau]
 
 docs/activation-benchmark.md says what the protocol is, and what came of it.
 """
@@ -25,7 +25,7 @@ from torchlin.benchmarks import activation_rivals as rivals
 from torchlin.benchmarks import image_data
 from torchlin.benchmarks.harness import Case, Relation, Row, Session, append, figure
 from torchlin.benchmarks.image_data import Images, MissingData
-from torchlin.benchmarks.program import OURS
+from torchlin.benchmarks.program import OURS, print_rows
 from torchlin.catalogue import find
 
 TORCH, RELU = "torch", "torch, ReLU"
@@ -223,6 +223,15 @@ class Trained:
         """What is the same for all functions that are compared."""
         return self.data, self.train_images, self.epochs, self.batch, self.learning_rate, self.batch_norm
 
+    @property
+    def size(self) -> str:
+        """What the rows of times call it."""
+        return timed_as(self.data, bool(self.batch_norm))
+
+
+def timed_as(data: str, batch_norm: bool) -> str:
+    return f"{data}, batch norm" if batch_norm else data
+
 
 def mean_and_deviation(accuracies: Sequence[float]) -> str:
     """In per cent, with the standard deviation over seeds (of a sample)."""
@@ -295,11 +304,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", choices=image_data.DATA, default="digits", help="the images (digits)")
     parser.add_argument("--path", type=Path, help="folder of the images, if not where they are installed")
     parser.add_argument("--train-images", type=int, help="use the first so many")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each function (3)")
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="runs of each function (5); 0: compare times only"
+    )
     parser.add_argument("--epochs", type=int, default=20, help="(20)")
     parser.add_argument("--batch-norm", action="store_true", help="between convolution and activation")
     parser.add_argument("--only", default="", metavar="A,B", help="some of the functions")
-    parser.add_argument("--threads", type=int, default=2, help="(2)")
+    parser.add_argument("--threads", type=int, default=1, help="(1)")
     parser.add_argument("--quick", action="store_true", help="one epoch of few images: does it run")
     parser.add_argument("--no-time", action="store_true", help="train only, compare no times")
     parser.add_argument("--out", type=Path, help="folder of the results and the plot")
@@ -332,8 +343,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
-        partial = bool(args.only) or args.seeds != 3
-        session = Session("activation_train_time", args.out, args.quick, args.threads, partial=partial)
+        session = Session(
+            "activation_train_time", args.out, args.quick, args.threads, partial=bool(args.only)
+        )
         rows: list[Trained] = []
         steps = len(entries) * (len(seeds) + (not args.no_time))
         with progress(steps, "training") as bar:
@@ -347,6 +359,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     bar.advance(description=f"{entry.display}, time")
     finally:
         torch.set_num_threads(threads)
+    if not rows:
+        print_rows("The 18 functions, an epoch of training", session, session.rows)
+        return 0
     file = session.file.with_name("activation_train.csv")
     append(file, rows, Trained)
     table(f"The 18 functions, {args.data}\n{session.heading}", COLUMNS, lines(rows, session.rows))
@@ -389,7 +404,7 @@ def _compare_times(session: Session, entry: Entry, data: Images, protocol: Proto
         entry.display,
         [epoch_case(who, make, data, protocol) for who, make in makers.items()],
         [Relation(OURS, RELU), Relation(TORCH, RELU), Relation(TORCH, OURS)],
-        size=f"{name}{', batch norm' if protocol.batch_norm else ''}",
+        size=timed_as(name, protocol.batch_norm),
         shape=data.train.shape,
         dtype=torch.float32,
         direction="training",
