@@ -103,7 +103,7 @@ def activation(
     call = forms.prepare(canonical, training, parameters, x, generator)
     channel_dim = _check_channels(call, x.shape, channel_dim)
     _check_outputs(x, inplace, out, [v for v in parameters.values() if isinstance(v, Tensor)])
-    if not parameters and not torch.compiler.is_compiling():
+    if not parameters and not torch.compiler.is_compiling() and (name, x.dtype) not in _plain:
         _remember(name, call, x)
     inputs = [x, *forms.noise_inputs(call, x, generator)]
     return _compute(call, inputs, channel_dim, 0, 0, inplace, out)
