@@ -27,7 +27,7 @@ _FLAGS = (
     "-ffp-contract=fast", "-w",
 )  # fmt: skip
 _MAGIC = b"torchlin"
-_TIMEOUT = 120.0  # seconds; the longest formulas take some ten
+_TIMEOUT = 60.0  # seconds
 
 
 class CompileError(RuntimeError):
@@ -132,7 +132,7 @@ def _build(command: tuple[str, ...], files: Mapping[str, str], path: Path) -> No
             for name, text in files.items():
                 Path(work, name).write_text(text, encoding="utf-8")
             first = str(Path(work, next(iter(files))))
-            done = _run((*command, f"-I{headers()}", first, "-o", str(library)))
+            done = _run((*command, f"-I{headers()}", f"-I{work}", first, "-o", str(library)))
             if done.returncode != 0 or not library.is_file():
                 raise CompileError(f"{command[0]} fails: {_said(done)}")
             content = library.read_bytes()
@@ -197,7 +197,7 @@ def _lock(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
         with contextlib.suppress(OSError):
             path.unlink()
-    finally:
         os.close(handle)

@@ -49,7 +49,10 @@ def nonnegative(activation: Activation) -> frozenset[str]:
 
 @functools.cache
 def _prepared(name: str, training: bool) -> Prepared:
-    activation = find(name)
+    return _prepare(find(name), training)
+
+
+def _prepare(activation: Activation, training: bool) -> Prepared:
     graph = activation.graph if training else activation.eval_graph
     assert graph is not None
     return prepare(graph, nonnegative(activation))
@@ -127,6 +130,11 @@ def forget() -> None:
     """Drops what was derived from activations that :func:`catalogue.add` has replaced since."""
     _prepared.cache_clear()
     plan.cache_clear()
+
+
+def kernel_of(activation: Activation) -> Kernel:
+    """The kernel of an activation that was not added yet."""
+    return _of_no_file(_prepare(activation, True), _inputs(activation, True))
 
 
 def _of_no_file(prepared: Prepared, inputs: tuple[str, ...]) -> Kernel:

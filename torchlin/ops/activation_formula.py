@@ -10,6 +10,7 @@ import re
 import threading
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from torchlin import _compile, _library, catalogue, registry
 from torchlin.catalogue import Activation, kernels
-from torchlin.catalogue.cpp_code import functor
+from torchlin.catalogue.cpp_code import shard
 from torchlin.catalogue.formula import RESERVED, Input, Param, written_out
 from torchlin.ops.activation import activation, forget, gated_activation
 
@@ -36,7 +37,10 @@ _SOURCE = """\
 #include "simd/foreach_isa.h"
 TORCHLIN_ACTIVATION_LIBRARY
 """
-_LARGEST = 20_000  # operations, written out: what a compiler takes some seconds for
+# What a compiler takes some seven seconds for; the largest formula of the catalogue has 40 operations, most have ten.
+_MOST_OPERATIONS = 500
+_LONGEST = 20_000  # operations where nothing is shared: the source has the formula in a comment
+_MOST_SLOTS = 31  # the kernel keeps their kinds in the bits of one number
 
 
 def activation_from_formula(
@@ -93,8 +97,10 @@ def activation_from_formula(
     row = _row(key, formula, texts, tensors)
     made = FormulaActivation(row, name is not None, texts)
     with _lock:
-        _enter(made, overwrite)
+        new = _is_new(row, name is not None, overwrite)
         made._load(compile)
+        if new:
+            _enter(made)
     return made
 
 
@@ -132,12 +138,12 @@ class FormulaActivation:
     def parameters(self) -> dict[str, float | tuple[float, ...]]:
         return self._row.defaults()
 
-    def __call__(self, x: Tensor, b: Tensor | None = None, **options: Any) -> Tensor:
+    def __call__(self, x: Tensor, other: Tensor | None = None, /, **options: Any) -> Tensor:
         """The activation of a tensor; a gated unit's of two, or of the halves of one. The options, parameters among them,
         are those of `torchlin.functional.activation` and `gated_activation`."""
         if len(self.inputs) > 1:
-            return gated_activation(x, b, self.name, **options)
-        if b is not None:
+            return gated_activation(x, other, self.name, **options)
+        if other is not None:
             raise TypeError(f"{self.name} takes one tensor, got two")
         return activation(x, self.name, **options)
 
@@ -158,9 +164,7 @@ class FormulaActivation:
         return self  # nothing in it changes
 
     def _load(self, compile: bool | str) -> None:
-        plan = kernels.plan(self.name)
-        assert plan is not None
-        kernel = plan.kernel
+        kernel = kernels.kernel_of(self._row)
         if "cpu" not in kernels.devices(kernel):
             if compile is False:
                 self.why_not = "compile=False"
@@ -172,7 +176,7 @@ class FormulaActivation:
                     raise
                 self.why_not = str(error)
                 message = f"{self.name} runs its slower pure-torch reference: {error}"
-                warnings.warn(message, RuntimeWarning, stacklevel=4)
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
                 return
             forget()
         self.kernel = kernel.name
@@ -190,40 +194,55 @@ def _load(kernel: kernels.Kernel) -> None:
         raise _compile.CompileError(
             _library.status()["cpu"].reason or "torchlin's CPU library has no activations"
         )
-    if (size := written_out(kernel.body)) > _LARGEST:
-        raise _compile.CompileError(
-            f"the formula has {size} operations when it is written out, more than {_LARGEST}"
-        )
-    shard = f"{functor(kernel)}\n#define TORCHLIN_SHARD(X) X(K_{kernel.name})\n"
-    path = _compile.shared_library(kernel.name, {"kernel.cpp": _SOURCE, "functor.inc": shard})
+    for count, what, most in (
+        (sum(1 for _ in kernel.body.walk()), "operations", _MOST_OPERATIONS),
+        (written_out(kernel.body), "operations where nothing is shared", _LONGEST),
+        (len(kernel.vector_slots), "values that parameters give", _MOST_SLOTS),
+    ):
+        if count > most:
+            raise _compile.CompileError(f"the formula has {count} {what}, more than {most}")
+    path = _compiled(kernel)
     try:
         loaded = _raw._activation_load(str(path))
     except RuntimeError as error:
+        path.unlink(missing_ok=True)
         raise _compile.CompileError(f"{path} does not load: {error}") from error
     assert list(loaded) == [kernel.id], loaded
     kernels.loaded(kernel, "cpu")
 
 
+def _compiled(kernel: kernels.Kernel) -> Path:
+    return _compile.shared_library(kernel.name, {"kernel.cpp": _SOURCE, "functor.inc": shard([kernel])})
+
+
 # ------------------------------------------------------------------------------------------------------------ names
 
 
-def _enter(made: FormulaActivation, overwrite: bool) -> None:
-    """Gives the activation its name, in the catalogue and in the registry."""
-    row = made._row
+def _is_new(row: Activation, named: bool, overwrite: bool) -> bool:
     known = catalogue.added(row.name)
-    if known != row:
-        if known is None and made._named:
-            _check_free(row.name)
-        if known is not None and not overwrite:
+    if known == row:
+        return False
+    if known is None and named:
+        with contextlib.suppress(registry.UnknownNameError):
+            owner = registry.describe("activation", row.name)
             raise ValueError(
-                f"name: {row.name!r} is the formula {known.formula!r} already; overwrite=True gives the name to this one"
+                f"name: {row.name!r} is a name of the activation {owner.name!r} already: choose another"
             )
-        if made._named:
-            registry.register("activation", row.name, _maker(row.name), override=True)
-        catalogue.add(row)
-        _defined[row.name] = made
-        kernels.forget()
-        forget()
+    if known is not None and not overwrite:
+        raise ValueError(
+            f"name: {row.name!r} is the formula {known.formula!r} already; overwrite=True gives the name to this one"
+        )
+    return True
+
+
+def _enter(made: FormulaActivation) -> None:
+    """Gives the activation its name, in the catalogue and in the registry."""
+    catalogue.add(made._row)
+    if made._named:
+        registry.register("activation", made.name, _maker(made.name), override=True)
+    _defined[made.name] = made
+    kernels.forget()
+    forget()
 
 
 def _maker(name: str) -> Any:
@@ -236,14 +255,6 @@ def _maker(name: str) -> Any:
 def defined(name: str) -> FormulaActivation | None:
     """The formula of a name that a formula defined. A Module keeps it, so that it brings it along where it is unpickled."""
     return _defined.get(name)
-
-
-def _check_free(name: str) -> None:
-    with contextlib.suppress(registry.UnknownNameError):
-        owner = registry.describe("activation", name)
-        raise ValueError(
-            f"name: {name!r} is a name of the {owner.kind} {owner.name!r} already: choose another"
-        )
 
 
 def _name(name: object) -> str:
@@ -312,18 +323,17 @@ def _number_text(name: str, value: Any) -> str:
 
 
 def _check_parameters(names: Collection[str], inputs: tuple[str, ...]) -> None:
+    """Parameters are arguments by their names: no other argument may have one of these."""
     from torchlin import nn
 
-    function, module = (
-        (activation, nn.Activation) if len(inputs) == 1 else (gated_activation, nn.GatedActivation)
-    )
+    calls = (activation, nn.Activation) if len(inputs) == 1 else (gated_activation, nn.GatedActivation)
     for name in names:
         if name in inputs:
             raise ValueError(f"parameters: {name!r} is one of the inputs already")
-        for call in (function, module):
+        for call in calls:
             if name in inspect.signature(call).parameters:
                 raise ValueError(
-                    f"parameters: {name!r} is an argument of {call.__qualname__} already: choose another name"
+                    f"parameters: {name!r} is an argument of {call.__name__} already: choose another name"
                 )
 
 
