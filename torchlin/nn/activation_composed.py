@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -153,7 +154,7 @@ class FunnelReLU(nn.Module):
         ValueError: a kernel that is not odd, dims that are not 1, 2 or 3; on a call an x of other channels.
 
     Source: Ma, Zhang and Sun, "Funnel activation for visual recognition", arXiv:2007.11824. Weights as in the authors'
-    networks: normal, of variance 2/fan_out.
+    networks: normal, of variance 2/kernel^dims.
 
     Example:
         >>> import torch, torchlin
@@ -189,7 +190,7 @@ class FunnelReLU(nn.Module):
 
     def reset_parameters(self) -> None:
         self.conv.reset_parameters()
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.conv.weight, std=math.sqrt(2 / self.conv.weight[0].numel()))
         if self.norm is not None:
             self.norm.reset_parameters()
 

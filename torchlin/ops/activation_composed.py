@@ -68,6 +68,8 @@ def dynamic_threshold(x: Tensor, *, dim: int | Sequence[int] | None = None) -> T
 
 @implementation(along=True)
 def volatility(x: Tensor, *, dim: int) -> Tensor:
+    if not x.numel():
+        return x.narrow(dim, 0, 1)
     scale = largest(x, dim, torch.finfo(x.dtype).tiny)
     return torch.std(x / scale, dim, correction=0, keepdim=True) * scale
 

@@ -183,7 +183,8 @@ def evonorm_s0(
             f"groups must divide the {channels} channels (dimension {channel_dim}), got {groups}"
         )
     grouped = x.movedim(channel_dim, 1).unflatten(1, (groups, channels // groups))  # (N, G, C/G, ...)
-    var = grouped.var(tuple(range(2, grouped.dim())), correction=0, keepdim=True)
+    inner = tuple(range(2, grouped.dim()))
+    var = (grouped - grouped.mean(inner, keepdim=True)).square().mean(inner, keepdim=True)
     inverse = (var + eps).rsqrt().expand_as(grouped).flatten(1, 2).movedim(1, channel_dim)
     gate = torch.sigmoid(x if v is None else per_channel("v", v, x, channel_dim) * x)
     return _affine(x * gate * inverse, weight, bias, channel_dim)

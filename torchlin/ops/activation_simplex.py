@@ -23,19 +23,24 @@ def _shares(weights: Tensor, dim: int) -> Tensor:
     return weights / weights.sum(dim, keepdim=True)
 
 
+def _rounds_once(x: Tensor, dim: int) -> Tensor:
+    """x, in float32 where torch's own softmax would sum in 16 bits: on a CPU, along another dimension than the last."""
+    return x if dim == x.dim() - 1 or not x.is_cpu or x.dtype is torch.float64 else x.float()
+
+
 @implementation(widen=False, along=True)
 def softmax(x: Tensor, *, dim: int) -> Tensor:
-    return torch.softmax(x, dim)
+    return torch.softmax(_rounds_once(x, dim), dim)
 
 
 @implementation(widen=False, along=True)
 def log_softmax(x: Tensor, *, dim: int) -> Tensor:
-    return torch.log_softmax(x, dim)
+    return torch.log_softmax(x.float() if x.is_cpu and x.dtype.itemsize == 2 else x, dim)
 
 
 @implementation(widen=False, along=True)
 def softmin(x: Tensor, *, dim: int) -> Tensor:
-    return torch.softmax(-x, dim)
+    return torch.softmax(_rounds_once(-x, dim), dim)
 
 
 @implementation(along=True)
@@ -188,11 +193,11 @@ def _entmax_by_bisection(x: Tensor, alpha: Any, dim: int) -> Tensor:
     outside = fixed <= low
     tau, tiny = low, torch.finfo(x.dtype).tiny
     for _ in range(2):
-        gap = (z - tau).clamp(min=tiny)
+        gap = (z - tau).clamp(min=tiny).masked_fill(outside, 1)
         mass = gap.pow(power).masked_fill(outside, 0).sum(dim, keepdim=True)
         slope = power * gap.pow(power - 1).masked_fill(outside, 0).sum(dim, keepdim=True)
         tau = tau + (mass - 1) / slope
-    return (z - tau).clamp(min=tiny).pow(power).masked_fill(outside, 0)
+    return (z - tau).clamp(min=tiny).masked_fill(outside, 1).pow(power).masked_fill(outside, 0)
 
 
 # ------------------------------------------------------------------------------------------------------ GP-, GL-softmax
@@ -229,11 +234,12 @@ def _exponential_mean(x: Tensor, t: Tensor, dim: int) -> Tensor:
     """ln(mean exp(t·x))/t, which goes to the mean of x as t goes to 0."""
     mean = x.mean(dim, keepdim=True)
     u = x - mean
-    reach = t.detach().abs() * largest(u, dim)
-    near, far = reach < 1e-2, reach > 30
-    v = u.masked_fill(~near, 0)
+    scale = largest(u, dim, torch.finfo(x.dtype).tiny)
+    r = t * scale
+    near, far = r.detach().abs() < 1e-2, r.detach().abs() > 30
+    v = (u / scale).masked_fill(~near, 0)
     m2, m3, m4 = (v.pow(k).mean(dim, keepdim=True) for k in (2, 3, 4))
-    series = t * (m2 / 2 + t * (m3 / 6 + t * (m4 - 3 * m2.square()) / 24))
+    series = scale * (r * (m2 / 2 + r * (m3 / 6 + r * (m4 - 3 * m2.square()) / 24)))
     safe = torch.where(near, torch.ones_like(t), t)
     exponent = safe * u
     middle = torch.log1p(torch.expm1(exponent.masked_fill(near | far, 0)).mean(dim, keepdim=True)) / safe
