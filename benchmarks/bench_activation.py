@@ -42,6 +42,7 @@ from torchlin.ops.activation import activation, activation_reference, gated_acti
 SCALE = 2.0  # standard deviation of the inputs: both tails of the functions are met
 SAMPLED = 1 << 14  # elements of an output that are held against the reference
 TORCH, COMPILE, COPY, ADD = "torch", "torch.compile", "copy_", "add(x, g, out=)"
+SMALL_PAGES = f"{OURS}, pages of 4 KiB"
 STREAMING = MIB  # elements from which on no cache keeps them
 RESERVE = 512 * MIB  # what a few tensors of 64 MiB and their gradients take
 
@@ -191,20 +192,40 @@ def stream_rows(
             )
 
 
+def on_small_pages(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same without torchlin's advice to the system that large outputs should have huge pages."""
+    raw = torch.ops.torchlin
+
+    def run() -> Tensor:
+        threshold = raw._huge_pages()
+        raw._set_huge_pages(-1)
+        try:
+            return function()
+        finally:
+            raw._set_huge_pages(threshold)
+
+    return run
+
+
 def fresh_rows(session: Session, n: int, names: Sequence[str]) -> None:
-    """Outputs that malloc takes from the system: page faults, one for 4 KiB, or one for 2 MiB."""
+    """Outputs that malloc takes from the system: a page fault for each 4 KiB, or for each 2 MiB."""
     x = inputs(session, n)
     for name in names:
-        function = plain(name)
+        ours, own = functools.partial(activation, x, name), functools.partial(plain(name), x)
         session.compare(
             name,
             [
-                case(OURS, functools.partial(activation, x, name)),
-                case(TORCH, functools.partial(function, x)),
+                case(OURS, ours),
+                case(SMALL_PAGES, on_small_pages(ours)),
+                case(TORCH, own),
                 Case("clone", x.clone),
-                copy(x),
             ],
-            [Relation(OURS, "clone"), Relation(TORCH, OURS), Relation(OURS, COPY), Relation(TORCH, COPY)],
+            [
+                Relation(OURS, "clone"),
+                Relation(TORCH, "clone"),
+                Relation(SMALL_PAGES, OURS),
+                Relation(TORCH, OURS),
+            ],
             size=binary(n),
             shape=x.shape,
             dtype=x.dtype,
