@@ -83,6 +83,7 @@ def test_every_function_has_its_usual_meaning():
         "relu": x,
         "silu": x * sigmoid,
         "Phi": 0.5 * (1 + math.erf(x / math.sqrt(2))),
+        "ndtr": 0.5 * (1 + math.erf(x / math.sqrt(2))),
         "gelu": 0.5 * x * (1 + math.erf(x / math.sqrt(2))),
         "mish": x * math.tanh(math.log1p(math.exp(x))),
         "gelu_tanh": 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
@@ -407,7 +408,8 @@ def test_rewrites_come_to_an_end():
 @pytest.mark.parametrize(
     ("formula", "expected"),
     [
-        ("0.5*x*(1 + erf(x/sqrt(2)))", "0.5*(x*erfc((-0.7071067811865475)*x))"),
+        ("0.5*x*(1 + erf(x/sqrt(2)))", "x*ndtr(x)"),
+        ("1 - 0.5*erfc(-x/sqrt(2))", "ndtr(-x)"),
         ("1/(1 + exp(-x))", "sigmoid(x)"),
         ("x/(1 + a*exp(-b*x))", "x*sigmoid(-log(a) + b*x)"),
         ("exp(-x)*sigmoid(x)", "sigmoid(-x)"),

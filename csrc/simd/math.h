@@ -55,8 +55,20 @@ TORCHLIN_INLINE int length(const P& p, int i) {
 constexpr float kInf = __builtin_inff(), kNaN = __builtin_nanf("");
 
 TORCHLIN_INLINE F sign_bit(F u) { return (F)((I)u & INT32_MIN); }
-TORCHLIN_INLINE F with_sign_of(F magnitude, F u) { return (F)((I)magnitude | (I)sign_bit(u)); }
-TORCHLIN_INLINE F zero_unless(I mask, F u) { return (F)(mask & (I)u); }
+TORCHLIN_INLINE F with_sign_of(F magnitude, F u) {
+#if TORCHLIN_ISA_BYTES == 64
+  return (F)_mm512_ternarylogic_epi32((__m512i)magnitude, (__m512i)u, _mm512_set1_epi32(INT32_MIN), 0xf8);  // a | (b & c)
+#else
+  return (F)((I)magnitude | (I)sign_bit(u));
+#endif
+}
+TORCHLIN_INLINE F zero_unless(I mask, F u) {
+#if TORCHLIN_ISA_BYTES == 64
+  return mask ? u : F{};  // a masked move; as a vector the mask would cost two more
+#else
+  return (F)(mask & (I)u);
+#endif
+}
 
 TORCHLIN_INLINE F where(I mask, F u, F v) { return mask ? u : v; }
 TORCHLIN_INLINE D where(V<int64_t> mask, D u, D v) { return mask ? u : v; }
@@ -112,6 +124,24 @@ TORCHLIN_INLINE F fma(F a, F b, F c) {
 #endif
 }
 
+// a/b and 1/b for 2^-120 < |b| < 2^120. A division occupies the divider for longer than a short function takes.
+TORCHLIN_INLINE F reciprocal(F b) {
+#if TORCHLIN_ISA_BYTES == 64
+  const F y = (F)_mm512_maskz_rcp14_ps(kAll, (__m512)b);
+  return fma(y, fma(-b, y, splat(1.0f)), y);
+#else
+  return 1.0f / b;
+#endif
+}
+TORCHLIN_INLINE F quotient(F a, F b) {
+#if TORCHLIN_ISA_BYTES == 64
+  const F y = (F)_mm512_maskz_rcp14_ps(kAll, (__m512)b), q = a * y;
+  return fma(y, fma(-b, q, a), q);
+#else
+  return a / b;
+#endif
+}
+
 // c[0] + x (c[1] + x (c[2] + ...))
 template <class Vec, class C>
 TORCHLIN_INLINE Vec poly(Vec, C c) {
@@ -129,41 +159,108 @@ TORCHLIN_INLINE Vec sign_of(Vec u) {
   const Vec one = lit<Vec>(1.0), none{};
   return (u > none ? one : none) - (u < none ? one : none);
 }
+TORCHLIN_INLINE F minus_abs(F u) { return (F)((I)u | INT32_MIN); }
 TORCHLIN_INLINE F sign(F u) { return sign_of(u); }
 TORCHLIN_INLINE D sign(D u) { return sign_of(u); }
 
+#undef TORCHLIN_NO_FMA
 #if defined(__x86_64__) && TORCHLIN_ISA_BYTES == 16
-// Without FMA, where float needs a product's rounding error.
+#define TORCHLIN_NO_FMA 1
+// Where float needs a product's rounding error.
 using Wide = typename vector_of<double, kLanes<float>>::type;
+#else
+#define TORCHLIN_NO_FMA 0
+#endif
+
+// ---- piecewise polynomials ----
+
+// One shuffle looks up a coefficient for each lane: AVX2 has 8 pieces of a function in a register, AVX-512 has 16. Other levels
+// have one polynomial for all.
+#if TORCHLIN_ISA_BYTES >= 32
+#include "simd/tables.h"
+
+constexpr int kPieces = kLanes<float>;
+TORCHLIN_INLINE F lookup(const float (&table)[kPieces], I index) {  // by the low bits
+#if TORCHLIN_ISA_BYTES == 64
+  return (F)_mm512_maskz_permutexvar_ps(kAll, (__m512i)index, _mm512_load_ps(table));
+#else
+  return (F)_mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
+#endif
+}
+template <int N>
+TORCHLIN_INLINE F piecewise(const float (&c)[N][kPieces], I index, F r) {
+  F p{};
+  unroll<N>([&](int k) { p = p * r + lookup(c[N - 1 - k], index); });
+  return p;
+}
+// Pieces of equal width; the first is centred at 0.
+template <int N>
+TORCHLIN_INLINE F piecewise(const float (&c)[N][kPieces], float width, F u) {
+  const F sum = fma(u, splat(1.0f / width), splat(12582912.0f)), n = sum - 12582912.0f;
+  return piecewise(c, (I)sum, fma(n, splat(-width), u));
+}
 #endif
 
 // ---- exponentials ----
 
-// exp(x + low) = p s for -176 <= x <= 176: s, and the power of two within p, are halves of the scaling, so that neither
-// overflows or rounds before the result must.
+// exp(x + low) = p 2^n or p s s: there is one instruction for the first, and where not the two factors neither overflow nor
+// round before the result must.
 struct Exponential {
-  F p, s;
+  F p, s;  // s is n itself where there is the instruction
 };
-TORCHLIN_INLINE Exponential exponential(F x, F low = F{}) {
-  // n = round(x / ln 2) appears in the low bits of the sum.
-  constexpr float kMagic = 12582912.0f;
+template <class... Low>
+TORCHLIN_INLINE Exponential exponential(F x, Low... low) {
+#if TORCHLIN_ISA_BYTES == 64
+  // 16 n = round(16 x / ln 2) appears in the low bits of the sum; its last four look up a sixteenth root's power.
+  constexpr float kMagic = 12582912.0f / 16;
+  const F sum = x * 1.4426950408889634f + kMagic, n = sum - kMagic;
+  F r = x - n * 0.6931471825f;
+  r = ((r - n * -1.904654323e-09f) + ... + low);
+  // exp(r) = 1 + r + r^2 Q(r), |r| <= 0.0218: 2e-09
+  const F root = lookup(kExp, (I)sum);
+  return {((r * 1.666704565e-01f + 5.000163913e-01f) * (r * r) + r) * root + root, n};  // the instruction takes n rounded down
+#elif TORCHLIN_ISA_BYTES == 32
+  // 8 n = round(8 x / (2 ln 2)), and the same with s = 2^n.
+  constexpr float kMagic = 12582912.0f / 8 + 127.0f;
+  const F sum = x * 0.7213475204444817f + kMagic, n = sum - kMagic;
+  F r = x - n * 1.386294365f;
+  r = ((r - n * -3.809308646e-09f) + ... + low);
+  // exp(r) = 1 + r + r^2 Q(r), |r| <= 0.0869: 5e-09
+  const F root = lookup(kExp, (I)sum);
+  const F q = poly(r, 4.999999702e-01f, 1.667213589e-01f, 4.168061912e-02f);
+  return {(q * (r * r) + r) * root + root, (F)((I)sum << 20 & INT32_MIN >> 8)};
+#else
+  // n = round(x / ln 2) appears in the low bits of the sum; s is half of it, rounded down, and p has the rest.
+  constexpr float kMagic = 12582912.0f + 254.0f;
   const F sum = x * 1.4426950408889634f + kMagic, n = sum - kMagic;
   F r = x - n * 0.693115234375f;  // ln 2 in two parts; n times the first is exact
-  r = (r - n * 3.1946335e-05f) + low;
-  // exp(r) = 1 + r Q(r), |r| <= 0.40: 8e-9
-  const F q = poly(r, 1.0f, 4.999998510e-01f, 1.666640788e-01f, 4.166962206e-02f, 8.380454034e-03f, 1.379387802e-03f);
-  // floor(n/2) and n - floor(n/2), in the place of an exponent
-  const I half = ((I)sum << 22) & INT32_MIN >> 8, rest = ((I)sum << 23) - half;
-  return {(r * q + 1.0f) * (F)(rest + (127 << 23)), (F)(half + (127 << 23))};
+  r = ((r - n * 3.1946335e-05f) + ... + low);
+  // exp(r) = 1 + r Q(r), |r| <= 0.3475: 3e-9
+  const F q = poly(r, 1.0f, 4.999999400e-01f, 1.666652110e-01f, 4.166828840e-02f, 8.368714710e-03f, 1.381901910e-03f);
+  return {(r * q + 1.0f) * (F)((127 << 23) + (((I)sum & 1) << 23)), (F)((I)sum << 22 & INT32_MIN >> 8)};
+#endif
+}
+TORCHLIN_INLINE F scaled(Exponential e) {
+#if TORCHLIN_ISA_BYTES == 64
+  return (F)_mm512_maskz_scalef_ps(kAll, (__m512)e.p, (__m512)e.s);
+#else
+  return e.p * e.s * e.s;
+#endif
+}
+TORCHLIN_INLINE F quarter(Exponential e) {  // cosh overflows later than exp
+#if TORCHLIN_ISA_BYTES == 64
+  return scaled({e.p, e.s - 2.0f});
+#else
+  return e.p * e.s * (e.s * 0.25f);
+#endif
 }
 
-// Below -104 the result is 0: there s is 0 itself, for a product that underflows is slow.
-constexpr float kExpZero = -103.98f, kExpOfZeroScale = -175.27f;
+// exp is 0 below -104. Where it is a product, s is 0 itself here, for a product that underflows is slow.
+constexpr float kExpZero = TORCHLIN_ISA_BYTES == 64 ? -104.0f : -175.5f;
 
+TORCHLIN_INLINE F exp_nonpositive(F u) { return scaled(exponential(most(splat(kExpZero), u))); }
 TORCHLIN_INLINE Pair<F> exp_pair(F u) {
-  const F x = least(splat(89.0f), u);
-  const Exponential e = exponential(x < kExpZero ? splat(kExpOfZeroScale) : x);
-  const F v = e.p * e.s;
+  const F v = exp_nonpositive(least(splat(89.0f), u));
   return {v, v};
 }
 
@@ -194,33 +291,35 @@ TORCHLIN_INLINE Pair<F> expm1_pair(F u) {
   return {with_sign_of(e, u), zero_unless(~(u < -86.0f), d)};
 }
 
-// n/(n + 2) for 0 <= n < 1e38, and 1 minus it, without cancellation in either.
-struct OverPlusTwo {
-  F ratio, complement;
-};
-TORCHLIN_INLINE OverPlusTwo over_plus_two(F n) {
-  const I above = n > 2.0f;
-  const F t = (above ? splat(2.0f) : n) / (n + 2.0f), other = 1.0f - t;
-  return {above ? other : t, above ? t : other};
-}
-
-// tanh |u| = E/(E + 2), E = expm1(2|u|)
+// With e = exp(-2|u|): tanh |u| = (1 - e)/(1 + e), and its derivative is 4 e/(1 + e)^2.
 TORCHLIN_INLINE Pair<F> tanh_pair(F u) {
+#if TORCHLIN_ISA_BYTES == 64
+  const F a = least(splat(9.14f), abs(u));
+  const I index = (I)(a * 1.62f + 1.0f) >> 21;
+  const F e = exp_nonpositive(-2.0f * abs(u)), y = reciprocal(1.0f + e);
+  return {with_sign_of(piecewise(kTanh, index, a - lookup(kTanhCentre, index)), u), (e * (y + y)) * (y + y)};
+#else
   const F a = least(splat(43.0f), abs(u));
-  const HalfExpm1 e = half_expm1<true>(a + a);
-  const OverPlusTwo t = over_plus_two(e.minus_half + e.minus_half);
-  return {with_sign_of(t.ratio, u), zero_unless(~(abs(u) >= 43.0f), t.complement * (1.0f + t.ratio))};
+  constexpr float kMagic = 12582912.0f + 127.0f;
+  const F sum = a * -2.8853900817779268f + kMagic, n = sum - kMagic;
+  F r = n * 0.3465576171875f + a;  // half of ln 2 in two parts
+  r = n * 1.59731675e-05f + r;
+  // 1 - exp(-2 r), |r| <= 0.174: 1e-8
+  const F q = r * poly(r, 2.0f, -1.99999988f, 1.33332360f, -6.66678965e-01f, 2.67726481e-01f, -8.87738764e-02f);
+  const F s = (F)((I)sum << 23), minus = s * q + (1.0f - s), d = 2.0f - minus, y = 1.0f / d;
+  const F slope = (s - s * q) * ((y + y) * (y + y));
+  return {with_sign_of(minus / d, u), abs(u) >= 43.0f ? F{} : slope};
+#endif
 }
 
-// 1/(1 + p s) = i/(i + p) with i = 1/s; the complement is p/(i + p).
+// e = exp(-|u|): 1/(1 + e), and e/(1 + e).
 struct Sigmoid {
   F v, complement;
 };
 TORCHLIN_INLINE Sigmoid sigmoid_parts(F u) {
-  const F x = most(splat(-105.0f), least(splat(105.0f), u));
-  const Exponential e = exponential(-x);
-  const F inverse = (F)((254 << 23) - (I)e.s), q = 1.0f / (inverse + e.p);
-  return {zero_unless(~(u < kExpZero), inverse) * q, zero_unless(~(u > -kExpZero), e.p) * q};
+  const F e = exp_nonpositive(minus_abs(u)), one = splat(1.0f), d = one + e;
+  const I positive = u > 0.0f;
+  return {quotient(positive ? one : e, d), quotient(positive ? e : one, d)};
 }
 TORCHLIN_INLINE Pair<F> sigmoid_pair(F u) {
   const Sigmoid s = sigmoid_parts(u);
@@ -229,24 +328,22 @@ TORCHLIN_INLINE Pair<F> sigmoid_pair(F u) {
 
 // With n = e (e + 2), e = exp(u): tanh(log(1 + e)) = n/(n + 2), and its derivative is 4 e (e + 1)/(n + 2)^2.
 TORCHLIN_INLINE Pair<F> tanh_softplus_pair(F u) {
-  const F e = exp_pair(least(splat(43.0f), u)).v;
-  const OverPlusTwo t = over_plus_two(e * (e + 2.0f));
-  return {t.ratio, zero_unless(~(u >= 43.0f), (e * t.complement) * ((e + 1.0f) * t.complement))};
+  const F e = exp_nonpositive(least(splat(43.0f), u)), n = e * (e + 2.0f), y = reciprocal(n + 2.0f), c = y + y;
+  return {quotient(n, n + 2.0f), u >= 43.0f ? F{} : (e * c) * ((e + 1.0f) * c)};
 }
 
 TORCHLIN_INLINE Pair<F> sech_pair(F u) {
-  const F e = exp_pair(-abs(u)).v, v = (e + e) / (1.0f + e * e);
+  const F e = exp_nonpositive(minus_abs(u)), v = quotient(e + e, 1.0f + e * e);
   return {v, -v * tanh_pair(u).v};
 }
 
 // sinh and cosh overflow later than exp: everything at a half or a quarter.
 TORCHLIN_INLINE Pair<F> cosh_sinh(F u) {
   const F a = abs(u);
-  const Exponential e = exponential(least(splat(92.0f), a));
-  const F quarter = e.p * (e.s * 0.25f);
+  const F fourth = quarter(exponential(least(splat(92.0f), a)));
   const F small = half_expm1<true>(least(splat(10.0f), a)).minus_half, whole = small + small;
-  const F sinh = a < 9.0f ? small + small / (whole + 1.0f) : quarter + quarter;
-  return {(quarter + quarter) + 0.125f / quarter, with_sign_of(sinh, u)};
+  const F sinh = a < 9.0f ? small + quotient(small, whole + 1.0f) : fourth + fourth;
+  return {(fourth + fourth) + 0.125f / fourth, with_sign_of(sinh, u)};
 }
 TORCHLIN_INLINE Pair<F> cosh_pair(F u) { return cosh_sinh(u); }
 TORCHLIN_INLINE Pair<F> sinh_pair(F u) {
@@ -256,6 +353,36 @@ TORCHLIN_INLINE Pair<F> sinh_pair(F u) {
 
 // ---- logarithms ----
 
+#if TORCHLIN_ISA_BYTES == 64
+// x = m 2^k with m in [3/4, 3/2), and m = 1 for 0 and infinity; NaN below 0.
+struct Parts {
+  F m, k;
+};
+TORCHLIN_INLINE Parts parts(F x) {
+  const __m512 m = _mm512_maskz_getmant_ps(kAll, (__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_nan);
+  return {(F)m, (F)_mm512_maskz_getexp_ps(kAll, (__m512)x) - (F)_mm512_maskz_getexp_ps(kAll, m)};
+}
+// k ln 2 + log(1 + f), 1 + f close to m: by the reciprocal of the centre of its piece, which is 1 around 1.
+TORCHLIN_INLINE F log_of_parts(Parts p, F f) {
+  const I index = (I)p.m >> 19;
+  const F near = lookup(kReciprocal, index), r = f * near + (near - 1.0f);
+  // log(1 + r) = r + r^2 R(r), -0.032 <= r <= 0.063: 3e-9
+  const F q = poly(r, -5.000000000e-01f, 3.333446383e-01f, -2.500827014e-01f, 1.887146086e-01f);
+  const F low = (r * r) * q + p.k * 5.769998879e-08f;
+  return (p.k * 0.693147123f + lookup(kLogReciprocal, index)) + (r + low);  // ln 2 in two positive parts, for infinite k
+}
+// log(1 + x)
+TORCHLIN_INLINE F log1p_core(F x) {
+  const F y = x + 1.0f;
+  const Parts p = parts(y);
+  const F s = (F)(0x3f800000 + ((I)p.m - (I)y));  // 2^-k
+  return log_of_parts(p, (y > 0.0f) & (y < 0x1p100f) ? x * s + (s - 1.0f) : p.m - 1.0f);
+}
+TORCHLIN_INLINE F log_core(F x) {
+  const Parts p = parts(x);
+  return log_of_parts(p, p.m - 1.0f);
+}
+#else
 // k ln 2 + log(1 + f) for f in [-1/3, 1/3].
 TORCHLIN_INLINE F log_of_parts(F k, F f) {
   // log(1 + f) = f + f^2 R(f): 1e-8
@@ -265,42 +392,47 @@ TORCHLIN_INLINE F log_of_parts(F k, F f) {
 }
 constexpr int32_t kTwoThirds = 0x3f2aaaab;  // the bits of 2/3: [2/3, 4/3) has exponent 0
 
-// log(1 + x), -1 < x < 2^126.
-TORCHLIN_INLINE F log1p_core(F x) {
+TORCHLIN_INLINE F log1p_finite(F x) {  // -1 < x < 2^126
   const I k = ((I)(x + 1.0f) - kTwoThirds) >> 23;
   const F s = (F)(0x3f800000 - (k << 23));  // 2^-k
   return log_of_parts(__builtin_convertvector(k, F), x * s + (s - 1.0f));
 }
+// log(1 + x)
+TORCHLIN_INLINE F log1p_core(F x) {
+  const I big = x > 0x1p125f;
+  const F v = log1p_finite(big ? x * 0.125f : x) + zero_unless(big, splat(2.0794415416798357f));
+  return x == kInf ? x : x <= -1.0f ? (x < -1.0f ? splat(kNaN) : splat(-kInf)) : v;
+}
+TORCHLIN_INLINE F log_core(F x) {
+  const I tiny = x < 0x1p-126f;
+  const F scaled = tiny ? x * 0x1p23f : x;
+  const I e = ((I)scaled - kTwoThirds) >> 23;
+  const F m = (F)((I)scaled - (e << 23)), k = __builtin_convertvector(e, F) - zero_unless(tiny, splat(23.0f));
+  const F v = log_of_parts(k, m - 1.0f);
+  return (x > 0.0f) & (x < kInf) ? v : x == 0.0f ? splat(-kInf) : x < 0.0f ? splat(kNaN) : x;
+}
+#endif
 
-TORCHLIN_INLINE Pair<F> log1p_pair(F u) {
-  const I big = u > 0x1p125f;
-  F v = log1p_core(big ? u * 0.125f : u) + zero_unless(big, splat(2.0794415416798357f));
-  v = u == kInf ? u : u <= -1.0f ? (u < -1.0f ? splat(kNaN) : splat(-kInf)) : v;
-  return {with_sign_of(v, u), 1.0f / (1.0f + u)};
+TORCHLIN_INLINE F log1p_unit(F x) {  // 0 <= x <= 1
+#if TORCHLIN_ISA_BYTES >= 32
+  return piecewise(kLog1p, kLog1pWidth, x);
+#else
+  return log1p_finite(x);
+#endif
 }
 
-TORCHLIN_INLINE Pair<F> log_pair(F u) {
-  const I tiny = u < 0x1p-126f;
-  const F x = tiny ? u * 0x1p23f : u;
-  const I e = ((I)x - kTwoThirds) >> 23;
-  const F m = (F)((I)x - (e << 23)), k = __builtin_convertvector(e, F) - zero_unless(tiny, splat(23.0f));
-  F v = log_of_parts(k, m - 1.0f);
-  v = (u > 0.0f) & (u < kInf) ? v : u == 0.0f ? splat(-kInf) : u < 0.0f ? splat(kNaN) : u;
-  return {v, 1.0f / u};
-}
+TORCHLIN_INLINE Pair<F> log1p_pair(F u) { return {with_sign_of(log1p_core(u), u), 1.0f / (1.0f + u)}; }
+TORCHLIN_INLINE Pair<F> log_pair(F u) { return {log_core(u), 1.0f / u}; }
 
-// max(u, 0) + log1p(exp(-|u|)); where u > 0 the second is nothing beside the first beyond 20.
+// max(u, 0) + log1p(exp(-|u|))
 TORCHLIN_INLINE Pair<F> softplus_pair(F u) {
-  const I positive = u > 0.0f;
-  const F x = most(positive ? splat(-20.0f) : splat(-200.0f), -abs(u));
-  const F e = exp_pair(x).v;
-  const F d = (positive ? splat(1.0f) : e) / (1.0f + e);
-  return {zero_unless(positive, u) + log1p_core(e), d};
+  const F e = exp_nonpositive(minus_abs(u)), y = reciprocal(1.0f + e);
+  return {most(F{}, u) + log1p_unit(e), u > 0.0f ? y : e * y};
 }
 
 TORCHLIN_INLINE Pair<F> log1p_sigmoid_pair(F u) {
   const Sigmoid s = sigmoid_parts(u);
-  return {log1p_core(s.v), s.v * s.complement / (1.0f + s.v)};
+  return {log1p_unit(s.v), quotient(s.v * s.complement, 1.0f + s.v)};
 }
 
 // ---- roots ----
@@ -336,57 +468,76 @@ TORCHLIN_INLINE F hypot(F k, F u) {
 TORCHLIN_INLINE Pair<F> asinh_pair(F u) {
   const F a = abs(u);
   const I big = a > 0x1p30f;
-  const F root1 = root(a * a + 1.0f);
-  const F small = a + a * (a / (1.0f + root1));
-  const F v = big ? log_pair(a).v + 0.6931471805599453f : log1p_core(big ? splat(1.0f) : small);
+  const F small = a + a * (a / (1.0f + root(a * a + 1.0f)));
+  const F v = log1p_core(big ? a : small) + zero_unless(big, splat(0.6931471805599453f));
   return {with_sign_of(v, u), 1.0f / hypot(splat(1.0f), u)};
 }
 
-// ---- erf and erfc ----
+// ---- erf, erfc and the normal distribution ----
 
-// erfc(a) = square g for a in [0, 10.2], square = exp(-a^2).
-struct Erfc {
-  F square, g;
-};
-TORCHLIN_INLINE Erfc erfc_parts(F a) {
-  // a^2 as the square of its upper half, which is exact, and the rest: its rounding error would be 100 units of the result.
-  const F upper = (F)((I)a & ~0xfff), rest = (a - upper) * (a + upper);
-  const F x = -(upper * upper);
-  const Exponential e = exponential(x < kExpZero ? splat(kExpOfZeroScale) : x, -rest);
-  // g = t Q(1 - 6 t), t = 1/(a + 3): 8e-9
-  // An error of t is tripled in g: t and y are to be right to their last places.
-#if defined(__x86_64__) && TORCHLIN_ISA_BYTES == 16
-  const Wide wide = 1.0 / (__builtin_convertvector(a, Wide) + 3.0);
+// exp(-b^2 c) without the rounding error of b^2, which would be 100 units of the result; c is 1 or 1/2.
+TORCHLIN_INLINE F exp_minus_square(F b, float c) {
+  const F scale = b * -c;
+#if TORCHLIN_NO_FMA
+  const F upper = (F)((I)b & ~0xfff), x = upper * upper * -c, low = (b - upper) * (b + upper) * -c;
+#else
+  const F x = scale * b, low = fma(scale, b, -x);
+#endif
+  return scaled(exponential(x, low));
+}
+
+constexpr float kRoot2 = 1.4142135623730951f, kTwoOverRootPi = 1.1283791670955126f, kOneOverRoot2Pi = 0.3989422804014327f;
+constexpr float kTailZero = kExpZero < -104.0f ? 18.73f : 14.9f;  // exp(-a^2/2) is 0 here, see kExpZero
+
+// exp(b^2/2) Phi(-b) for b = a or, where kErfc, a sqrt(2); b in [0, 14.4], something between 0 and 1 up to kTailZero.
+template <bool kErfc = false>
+TORCHLIN_INLINE F normal_tail(F a) {
+#if TORCHLIN_ISA_BYTES >= 32
+  // Pieces of equal relative width, found by the leading bits of a + 1.
+  F b = kErfc ? kRoot2 * a : a;
+  if (kTailZero > 15.0f) b = least(splat(14.9f), b);
+  const I index = (I)(b + 1.0f) >> (TORCHLIN_ISA_BYTES == 64 ? 21 : 22);
+  return piecewise(kTail, index, b - lookup(kTailCentre, index));
+#else
+  // 1/2 t Q(1 - 6 t), t = 1/(b sqrt(1/2) + 3): 8e-9. An error of t is tripled: t and y are to be right to their last places.
+#if TORCHLIN_NO_FMA
+  const Wide wide = 1.0 / (__builtin_convertvector(a, Wide) * (kErfc ? 1.0 : M_SQRT1_2) + 3.0);
   const F t = __builtin_convertvector(wide, F), y = __builtin_convertvector(1.0 - 6.0 * wide, F);
 #else
-  const F sum = a + 3.0f, lost = a - (sum - 3.0f), near = 1.0f / sum;
+  const F c = kErfc ? a : a * 0.7071067811865476f, sum = c + 3.0f, lost = c - (sum - 3.0f), near = 1.0f / sum;
   const F correction = near * (fma(-near, sum, splat(1.0f)) - lost * near);
   const F t = near + correction, y = fma(splat(-6.0f), near, splat(1.0f)) - 6.0f * correction;
 #endif
   const F q = poly(y, 1.074006915e+00f, -8.833944798e-01f, 5.902280211e-01f, -3.104660213e-01f, 1.195313483e-01f,
                    -2.683952451e-02f, -1.233430346e-03f, 3.077646252e-03f, -4.756601702e-04f, -3.204217064e-04f);
-  return {e.p * e.s, t * q};
+  return 0.5f * t * q;
+#endif
 }
-constexpr float kTwoOverRootPi = 1.1283791670955126f;
 
+TORCHLIN_INLINE Pair<F> ndtr_pair(F u) {
+  const F a = least(splat(kTailZero), abs(u)), e = exp_minus_square(a, 0.5f), tail = e * normal_tail(a);
+  return {u > 0.0f ? 1.0f - tail : tail, kOneOverRoot2Pi * e};
+}
 // erf a = a + a P(a^2), |a| <= 1: 2e-9
 TORCHLIN_INLINE F erf_small(F a) {
   const F p = poly(a * a, 1.283791661e-01f, -3.761262596e-01f, 1.128358245e-01f, -2.685364336e-02f, 5.187962670e-03f,
                    -8.006793214e-04f, 7.842288323e-05f);
   return a * p + a;
 }
-
 TORCHLIN_INLINE Pair<F> erfc_pair(F u) {
-  const F a = least(splat(10.2f), abs(u));
-  const Erfc c = erfc_parts(a);
-  const F tail = c.square * c.g, far = u < 0.0f ? 2.0f - tail : tail;
-  return {a < 0.81f ? 1.0f - erf_small(u) : far, -kTwoOverRootPi * c.square};
+  const F a = least(splat(kTailZero / kRoot2), abs(u)), e = exp_minus_square(a, 1.0f), half = e * normal_tail<true>(a);
+  const F far = u < 0.0f ? 2.0f - (half + half) : half + half;
+  return {TORCHLIN_ISA_BYTES == 16 ? where(a < 0.81f, 1.0f - erf_small(u), far) : far, -kTwoOverRootPi * e};
 }
-
 TORCHLIN_INLINE Pair<F> erf_pair(F u) {
-  const F a = least(splat(10.2f), abs(u));
-  const Erfc c = erfc_parts(a);
-  return {with_sign_of(a < 1.0f ? erf_small(a) : 1.0f - c.square * c.g, u), kTwoOverRootPi * c.square};
+  const F e = exp_minus_square(least(splat(kTailZero / kRoot2), abs(u)), 1.0f);
+#if TORCHLIN_ISA_BYTES >= 32
+  const F v = piecewise(kErf, kErfWidth, least(splat(kErfOne), abs(u)));
+#else
+  const F a = least(splat(kTailZero / kRoot2), abs(u)), half = e * normal_tail<true>(a);
+  const F v = a < 1.0f ? erf_small(a) : 1.0f - (half + half);
+#endif
+  return {with_sign_of(v, u), kTwoOverRootPi * e};
 }
 
 // ---- trigonometry ----
@@ -411,7 +562,7 @@ TORCHLIN_INLINE SinCos sin_cos(F u) {
   constexpr float kMagic = 12582912.0f;
   const F sum = u * 0.6366197723675814f + kMagic, n = sum - kMagic;
   const I quadrant = (I)sum;
-#if defined(__x86_64__) && TORCHLIN_ISA_BYTES == 16
+#if TORCHLIN_NO_FMA
   // No FMA, so n times a part of pi/2 would not be exact: in double.
   const Wide wide = __builtin_convertvector(n, Wide);
   const F r = __builtin_convertvector(
@@ -516,7 +667,7 @@ TORCHLIN_INLINE F pow(F u, F v) {
 // Derivatives of pow by u and by v.
 TORCHLIN_INLINE F pow_by_base(F u, F v) { return v == 0.0f ? F{} : v * pow(u, v - 1.0f); }
 TORCHLIN_INLINE F pow_by_exponent(F u, F v, F power) {
-  return (u == 0.0f) & (v >= 0.0f) ? F{} : power * log_pair(u).v;
+  return (u == 0.0f) & (v >= 0.0f) ? F{} : power * log_core(u);
 }
 
 // ---- double: libm ----
@@ -573,6 +724,7 @@ TORCHLIN_LIBM(sigmoid, libm::sigmoid(x), f * libm::sigmoid(-x))
 TORCHLIN_LIBM(softplus, (x > 0 ? x : 0.0) + std::log1p(std::exp(-std::fabs(x))), libm::sigmoid(x))
 TORCHLIN_LIBM(erf, std::erf(x), M_2_SQRTPI * std::exp(-x * x))
 TORCHLIN_LIBM(erfc, std::erfc(x), -M_2_SQRTPI * std::exp(-x * x))
+TORCHLIN_LIBM(ndtr, 0.5 * std::erfc(-M_SQRT1_2 * x), 0.5 * M_SQRT1_2 * M_2_SQRTPI * std::exp(-0.5 * x * x))
 TORCHLIN_LIBM(sin, std::sin(x), std::cos(x))
 TORCHLIN_LIBM(cos, std::cos(x), -std::sin(x))
 TORCHLIN_LIBM(sinc, x == 0 ? 1.0 : std::sin(x) / x, libm::sinc_slope(x, f))
@@ -605,7 +757,7 @@ TORCHLIN_INLINE D pow_by_exponent(D u, D v, D power) {
 // ---- the values alone ----
 
 #define TORCHLIN_UNARY_NAMES(X)                                                                              \
-  X(exp) X(expm1) X(log) X(log1p) X(tanh) X(sigmoid) X(softplus) X(erf) X(erfc) X(sin) X(cos) X(sinc)        \
+  X(exp) X(expm1) X(log) X(log1p) X(tanh) X(sigmoid) X(softplus) X(erf) X(erfc) X(ndtr) X(sin) X(cos) X(sinc)        \
   X(atan) X(sinh) X(cosh) X(asinh) X(sech) X(sqrt) X(tanh_softplus) X(log1p_sigmoid)
 #define TORCHLIN_VALUE(name)                                      \
   TORCHLIN_INLINE F name(F u) { return name##_pair(u).v; }        \

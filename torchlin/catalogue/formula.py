@@ -202,6 +202,7 @@ PRIMITIVES = {
     "softplus": 1,
     "erf": 1,
     "erfc": 1,
+    "ndtr": 1,
     "sin": 1,
     "cos": 1,
     "sinc": 1,
@@ -241,20 +242,16 @@ def _cauchy(u: Node) -> Node:
     return call("div", call("where", negative, t, call("add", t, number(math.pi / 2))), number(math.pi))
 
 
-def _phi(u: Node) -> Node:
-    return call("mul", _HALF, call("erfc", call("mul", number(-math.sqrt(0.5)), u)))
-
-
 # Functions that stand for an expression in the primitives.
 MACROS: dict[str, tuple[int, Callable[..., Node]]] = {
     "relu": (1, lambda u: call("max", number(0), u)),
     "square": (1, lambda u: call("mul", u, u)),
     "cube": (1, lambda u: call("mul", call("mul", u, u), u)),
     "step": (1, lambda u: call("where", call("ge", u, number(0)), _ONE, number(0))),
-    "Phi": (1, _phi),  # the distribution function of the normal distribution,
+    "Phi": (1, lambda u: call("ndtr", u)),  # the distribution function of the normal distribution,
     "cauchy": (1, _cauchy),  # of the Cauchy distribution
     "neg_abs": (1, lambda u: call("min", u, call("neg", u))),  # -abs(u), with derivative 1 at 0 instead of 0
-    "gelu": (1, lambda u: call("mul", u, _phi(u))),
+    "gelu": (1, lambda u: call("mul", u, call("ndtr", u))),
     "gelu_tanh": (1, _gelu_tanh),
     "silu": (1, lambda u: call("mul", u, call("sigmoid", u))),
     "mish": (1, lambda u: call("mul", u, call("tanh", call("softplus", u)))),
@@ -633,6 +630,7 @@ HOST: dict[str, Callable[..., float]] = {
     "softplus": lambda u: max(u, 0.0) + math.log1p(math.exp(-abs(u))),
     "erf": math.erf,
     "erfc": math.erfc,
+    "ndtr": lambda u: 0.5 * math.erfc(-u * math.sqrt(0.5)),
     "sin": math.sin,
     "cos": math.cos,
     "sinc": lambda u: math.sin(u) / u if u else 1.0,

@@ -300,9 +300,21 @@ def tails(r: Rewriter, n: Call) -> Node | None:
             return call("erfc", _neg(u))
         case Call("sub", (Number(value=1.0), Call("erf", (u,)))):
             return call("erfc", u)
+        case Call("sub", (Number(value=1.0), Call("ndtr", (u,)))):
+            return call("ndtr", _neg(u))
         case Call("sub", (Number(value=1.0), Call("cos", (u,)))):
             h = call("sin", _mul(HALF, u))
             return _mul(TWO, _mul(h, h))
+    return None
+
+
+@rule(
+    "erfc(-u/sqrt(2)) = 2 Phi(u), and Phi squares u exactly: the square of the product would be 50 units off"
+)
+def normal(r: Rewriter, n: Call) -> Node | None:
+    match n:
+        case Call("erfc", (Call("mul", (Number(value=c), u)),)) if math.isclose(abs(c), math.sqrt(0.5)):
+            return _mul(TWO, call("ndtr", _neg(u) if c > 0 else u))
     return None
 
 

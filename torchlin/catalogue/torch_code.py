@@ -11,6 +11,7 @@ branch. For the same reason an exp inside a function that has saturated stops sh
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,6 +108,7 @@ _TORCH: dict[str, Any] = {
     "softplus": _softplus,
     "erf": torch.erf,
     "erfc": torch.erfc,
+    "ndtr": lambda u: 0.5 * torch.erfc(-math.sqrt(0.5) * u),  # torch.special.ndtr cancels
     "sin": torch.sin,
     "cos": torch.cos,
     "sinc": lambda u: torch.sinc(u / torch.pi),
@@ -242,6 +244,7 @@ _TENSOR_TEXT = {
     "sinc": "torch.sinc(({}) / math.pi)",
     "sech": "(1 / torch.cosh({}))",
     "hypot": "torch.sqrt(({0})**2 + ({1})**2)",
+    "ndtr": "torch.special.ndtr({})",
     "ste": "({0} + ({1} - ({1}).detach()))",
     "tanh_softplus": "torch.tanh(F.softplus({}))",
     "log1p_sigmoid": "torch.log1p(torch.sigmoid({}))",
