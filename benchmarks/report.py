@@ -160,16 +160,25 @@ def by_name(run: Sequence[Row]) -> str:
 LIMITS = (1.1, 1.3, 1.5, 2.0)
 
 
+def _counted(rows: Sequence[Row], goal: str) -> list[str]:
+    ordered = sorted(rows, key=lambda row: row.value)
+    met = str(sum(bool(meets(row.value, row.goal)) for row in rows)) if goal else ""
+    within = [str(sum(row.value <= limit for row in rows)) for limit in LIMITS]
+    middle, worst = ordered[len(ordered) // 2], ordered[-1]
+    ends = [figure(middle.value), f"{figure(worst.value)} ({worst.what})"]
+    return [rows[0].direction, rows[0].base, goal, str(len(rows)), met, *within, *ends]
+
+
 def catalogue_counts(run: Sequence[Row]) -> str:
-    """How many names are how near to their floor."""
+    """How many names are how near to their floor: all of a direction, then those of each goal."""
     cells = []
     for direction in dict.fromkeys(row.direction for row in run):
-        rows = sorted((row for row in run if row.direction == direction), key=lambda row: row.value)
-        within = [str(sum(row.value <= limit for row in rows)) for limit in LIMITS]
-        middle = figure(rows[len(rows) // 2].value)
-        worst = f"{figure(rows[-1].value)} ({rows[-1].what})"
-        cells.append([direction, rows[0].base, str(len(rows)), *within, middle, worst])
-    columns = ("", "over", "names", *(f"≤ {limit:g}" for limit in LIMITS), "median", "worst")
+        rows = [row for row in run if row.direction == direction]
+        cells.append(_counted(rows, ""))
+        for goal in dict.fromkeys(row.goal for row in rows if row.goal):
+            of_goal = [row for row in rows if row.goal == goal]
+            cells.append(_counted(of_goal, _limit(of_goal[0])))
+    columns = ("", "over", "goal", "names", "met", *(f"≤ {limit:g}" for limit in LIMITS), "median", "worst")
     return f"{_heading(run[0])}\n\n{_table(columns, cells)}"
 
 

@@ -615,8 +615,11 @@ def test_functions_under_one_goal_share_a_line():
 def test_the_catalogue_is_counted_and_its_worst_are_named():
     counts = report.catalogue_counts(activation_rows()).splitlines()[4:]
     assert counts == [
-        "| forward | copy_ | 4 | 1 | 2 | 3 | 4 | 1.4 | 1.88 (serf) |",
-        "| backward | add(x, g, out=) | 2 | 1 | 1 | 1 | 1 | 3 | 3 (serf) |",
+        "| forward | copy_ | | 4 | | 1 | 2 | 3 | 4 | 1.4 | 1.88 (serf) |",
+        "| forward | copy_ | ≤ 1.3 | 3 | 2 | 1 | 2 | 3 | 3 | 1.2 | 1.4 (gelu) |",
+        "| forward | copy_ | ≤ 2 | 1 | 1 | 0 | 0 | 0 | 1 | 1.88 | 1.88 (serf) |",
+        "| backward | add(x, g, out=) | | 2 | | 1 | 1 | 1 | 1 | 3 | 3 (serf) |",
+        "| backward | add(x, g, out=) | ≤ 1.5 | 1 | 1 | 1 | 1 | 1 | 1 | 1 | 1 (relu) |",
     ]
     worst = report.catalogue_worst(activation_rows()).splitlines()[4:]
     assert worst[0] == "| serf | 1.88 | ≤ 2 | 3 |"
