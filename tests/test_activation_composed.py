@@ -233,7 +233,7 @@ def mean_offset(x: Array, b: float, c: float, dims: tuple[int, ...] | None) -> A
     return relu(x - b * m) + c * m
 
 
-IMAGE = (3, 6, 4, 5)
+IMAGE = (2, 6, 2, 3)
 FC = {"fc1_weight": (4, 6), "fc1_bias": (4,)}
 CASES = [
     Case("abrelu", lambda x: relu(x - x.mean()), row=None),

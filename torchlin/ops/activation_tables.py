@@ -20,8 +20,10 @@ def bin_table(x: Tensor, *, a: Any, b: Any, width: Any, channel_dim: int) -> Ten
     bins = slopes.shape[0]
     if offsets.shape[0] != bins:
         raise ValueError(f"a and b must be of one length, got {bins} and {offsets.shape[0]} bins")
-    k = ((x.detach() / scalar("width", width, x)).floor() + bins // 2).nan_to_num(0).clamp(0, bins - 1)
-    return _look_up(slopes, k, channel_dim) * x + _look_up(offsets, k, channel_dim)
+    width, half = scalar("width", width, x), bins // 2
+    inner = x.detach().clamp((0.5 - half) * width, (bins - 0.5 - half) * width)  # to the outer bins' middles
+    k = inner.div_(width).floor_().add_(half).nan_to_num_(0)
+    return torch.addcmul(_look_up(offsets, k, channel_dim), _look_up(slopes, k, channel_dim), x)
 
 
 @implementation()
@@ -35,12 +37,12 @@ def lookup_table(
     if last < 1:
         raise ValueError("y must have at least 2 anchors, got 1")
     place = ((x - scalar("lo", lo, x)) / scalar("width", width, x)).clamp(0, last)
-    k = place.detach().floor().nan_to_num(0).clamp(max=last - 1)
+    k = place.detach().clamp(max=last - 0.5).floor_().nan_to_num_(0)
     t = place - k
     if kernel == "cosine":
         t = torch.sin(t * (math.pi / 2)).square()
-    left, right = _look_up(table, k, channel_dim), _look_up(table, k + 1, channel_dim)
-    return left + t * (right - left)
+    steps = table[1:] - table[:-1]
+    return torch.addcmul(_look_up(table[:-1], k, channel_dim), t, _look_up(steps, k, channel_dim))
 
 
 def _table(name: str, value: Any, x: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ def _look_up(table: Tensor, k: Tensor, channel_dim: int) -> Tensor:
     The gradient of a table sums over all that read one entry. index_select adds them in order on a CPU, and is ten
     times faster there than embedding; on a GPU it is embedding whose sums do not depend on the order of threads.
     """
-    index = k.to(torch.int64)
+    index = k.to(torch.int32)
     if table.dim() == 2 and table.shape[1] > 1:
         channel_dim = check_dim("channel_dim", channel_dim, k.dim())
         channels = table.shape[1]
@@ -72,7 +74,7 @@ def _look_up(table: Tensor, k: Tensor, channel_dim: int) -> Tensor:
                 f"(dimension {channel_dim}) of shape {tuple(k.shape)}"
             )
         shape = [channels if d == channel_dim else 1 for d in range(k.dim())]
-        index = index * channels + torch.arange(channels, device=k.device).view(shape)
+        index.mul_(channels).add_(torch.arange(channels, device=k.device, dtype=torch.int32).view(shape))
     if table.is_cuda:
         return F.embedding(index, table.reshape(-1, 1)).squeeze(-1)
     return table.reshape(-1).index_select(0, index.reshape(-1)).view(index.shape)
