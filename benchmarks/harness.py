@@ -7,6 +7,7 @@ never formed.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -71,19 +72,21 @@ class CudaTimer:
     label = "CUDA events"
 
     def __init__(self) -> None:
+        # One stream for all, and not the default one, which cannot be captured: a backward pass runs on the
+        # stream that its forward ran on.
+        self.stream = torch.cuda.Stream()
         self._graphs: dict[tuple[int, int], tuple[Any, torch.cuda.CUDAGraph]] = {}
 
     def _graph(self, run: Sequence[Callable[[], object]], loops: int) -> torch.cuda.CUDAGraph:
         key = (id(run), loops)
         if key not in self._graphs:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # lazy initialisation must not happen inside the capture
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # lazy initialisation must not happen inside the capture
                 for call in run:
                     call()
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.stream):
                 for _ in range(loops):
                     for call in run:
                         call()
@@ -367,6 +370,12 @@ class Session:
             "timer": self.timer.label,
             "mode": "quick" if self.quick else "partial" if self.partial else "full",
         }
+
+    def stream(self) -> contextlib.AbstractContextManager[object]:
+        """Where the contenders must be made and run: on a GPU, the stream that is captured."""
+        if isinstance(self.timer, CudaTimer):
+            return torch.cuda.stream(self.timer.stream)
+        return contextlib.nullcontext()
 
     @property
     def heading(self) -> str:

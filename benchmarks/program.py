@@ -130,7 +130,7 @@ class Program:
                     parser.error(
                         f"--only: no section {', '.join(sorted(unknown))}; there are {', '.join(every)}"
                     )
-                with progress(len(wanted), "measuring") as bar:
+                with session.stream(), progress(len(wanted), "measuring") as bar:
                     for name in wanted:
                         every[name]()
                         bar.advance(description=name)

@@ -423,7 +423,7 @@ def test_a_graph_holds_every_turn_and_is_captured_once(monkeypatch: pytest.Monke
         "Stream": Stream,
         "current_stream": Stream,
         "stream": lambda stream: contextlib.nullcontext(),
-        "graph": lambda graph: contextlib.nullcontext(),
+        "graph": lambda graph, stream: contextlib.nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     timer = harness.CudaTimer()
