@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import os
@@ -22,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import torchlin
-from torchlin import _compile, _library, catalogue, registry
+from torchlin import _compile, _library, _nvrtc, catalogue, registry
 from torchlin.catalogue import FormulaError, kernels
 from torchlin.ops import activation as public
-from torchlin.ops import activation_formula
+from torchlin.ops import activation_formula, activation_kernel
 from torchlin.ops.activation import activation_reference
 from torchlin.ops.activation_formula import FormulaActivation, activation_from_formula
 
@@ -203,7 +204,7 @@ def test_compiled_kernel_is_that_of_the_build() -> None:
     plan = kernels.plan(row.name)
     assert plan is not None
     twin = kernels.Kernel("twin_of_tanhexp", plan.kernel.inputs, plan.kernel.body, ())
-    activation_formula._load(twin)
+    activation_kernel.load(twin)
     raw = torch.ops.torchlin
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x = (4 * torch.randn(1003)).to(dtype)
@@ -378,8 +379,8 @@ def test_second_process_compiles_nothing(nothing_loaded: Path) -> None:
         from torchlin import _compile
         from torchlin.ops.activation_formula import activation_from_formula
         built = []
-        build = _compile._build
-        _compile._build = lambda *args: (built.append(1), build(*args))
+        write = _compile._write
+        _compile._write = lambda *args: (built.append(1), write(*args))
         f = activation_from_formula({FORMULA!r}, compile=True)
         x = torch.linspace(-2, 2, 9)
         torch.testing.assert_close(f(x), x*torch.tanh(torch.exp(x))*torch.cos(x) - torch.sin(x))
@@ -451,7 +452,7 @@ def test_key_has_all_that_matters(nothing_loaded: Path, monkeypatch: pytest.Monk
     keys = {first}
     for what, other in (
         ("_FLAGS", (*_compile._FLAGS, "-DOTHER")),
-        ("_headers_text", lambda folder: "edited"),
+        ("headers_text", lambda: "edited"),
         ("_version", lambda compiler: "another compiler"),
     ):
         with monkeypatch.context() as patched:
@@ -552,6 +553,66 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert _compile.cache_folder().is_relative_to(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ CUDA
+
+
+@pytest.fixture
+def nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVRTC of this torch, or of a package beside a torch without CUDA."""
+    for name in (f"libnvrtc.so.{torch.version.cuda and torch.version.cuda.split('.')[0]}", "libnvrtc.so.13"):
+        with contextlib.suppress(_compile.CompileError):
+            found = _nvrtc.load(name)
+            monkeypatch.setattr(_nvrtc, "library", lambda found=found: found)
+            return
+    pytest.skip("no NVRTC")
+
+
+@pytest.mark.parametrize("case", ["one input", "two inputs and a parameter", "sum"])
+def test_nvrtc_compiles_the_kernels(nvrtc: None, case: str) -> None:
+    """All that can be seen without a GPU: it is machine code for one, with these kernels."""
+    f, _ = define(case, False)
+    kernel = kernels.plan(f.name).kernel  # type: ignore[union-attr]
+    code = activation_kernel._code(kernel, "sm_90")
+    assert code.startswith(b"\x7fELF")
+    names = set(re.findall(rb"\0\.text\.(torchlin_\w+)", code))
+    slots = {b"torchlin_backward_slots"} if kernel.vector_slots else set()
+    assert names == {b"torchlin_forward", b"torchlin_backward", *slots}
+
+
+def test_nvrtc_says_what_is_wrong(nvrtc: None) -> None:
+    with pytest.raises(_compile.CompileError, match=r"(?s)NVRTC fails: .*kernel.cu\(1\): error"):
+        _nvrtc.compile({"kernel.cu": "not C++"}, [], "sm_90")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_cuda_kernels(case: str, dtype: torch.dtype) -> None:
+    f, _ = define(case)
+    tensors, values = arguments(case, dtype)
+    there = [t.detach().cuda().requires_grad_() for t in tensors]
+    values_there = {key: v.detach().cuda().requires_grad_() for key, v in values.items()}
+    y, expected = f(*there, **values_there), f(*tensors, **values)
+    assert "cuda" in kernels.devices(kernels.plan(f.name).kernel)  # type: ignore[union-attr]
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.cpu(), expected, rtol=8 * eps, atol=8 * eps)
+    got = torch.autograd.grad(y.sum(), [*there, *values_there.values()])
+    wanted = torch.autograd.grad(expected.sum(), [*tensors, *values.values()])
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=64 * eps, atol=64 * eps)
+
+
+def test_gpus_of_one_kind_get_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capabilities, architecture in (
+        ([(9, 0)], "sm_90"),
+        ([(8, 9), (8, 6)], "sm_86"),
+        ([(12, 0), (8, 0)], "compute_80"),
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda capabilities=capabilities: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, c=capabilities: c[i])
+        assert activation_kernel._architecture() == architecture
 
 
 # ------------------------------------------------------------------------------------------- bad and hostile input

@@ -17,7 +17,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -77,21 +77,68 @@ def shared_library(stem: str, files: Mapping[str, str]) -> Path:
     """
     compiler = find_compiler()
     command = (*compiler, *_FLAGS)
+
+    def make(work: Path) -> bytes:
+        library = work / "library.so"
+        for name, text in files.items():
+            Path(work, name).write_text(text, encoding="utf-8")
+        first = str(Path(work, next(iter(files))))
+        done = _run((*command, f"-I{headers()}", f"-I{work}", first, "-o", str(library)))
+        if done.returncode != 0 or not library.is_file():
+            raise CompileError(f"{command[0]} fails: {_said(done)}")
+        return library.read_bytes()
+
     machine = platform.machine()  # a home can be shared by machines of several kinds
-    parts = (machine, *files, *files.values(), _headers_text(headers()), _version(compiler), *command)
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    parts = (machine, *files, *files.values(), headers_text(), _version(compiler), *command)
+    return cached(stem, ".so", parts, make)
+
+
+def cached(stem: str, suffix: str, parts: Iterable[str], make: Callable[[Path], bytes]) -> Path:
+    """The file of the cache for these parts; made, in a folder to work in, if it is not there or not as it was written."""
     folder = _private_folder()
-    path = folder / f"{stem}-{key}.so"
-    if not _is_intact(path):
-        with _lock(folder / f"{path.stem}.lock"):
-            if not _is_intact(path):  # by another process, while this one waited
-                _build(command, files, path)
+    path = folder / f"{stem}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}{suffix}"
+    if content(path) is None:
+        with _lock(path.with_suffix(".lock")):
+            if content(path) is None:  # by another process, while this one waited
+                _write(path, make)
     return path
 
 
+def content(path: Path) -> bytes | None:
+    """What was written to a file of the cache; None if it is not there, or was cut short, altered or written by others."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            info = os.fstat(file.fileno())
+            if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
+                return None
+            whole = file.read()
+    except OSError:
+        return None
+    tail = len(_MAGIC) + hashlib.sha256().digest_size
+    return whole[:-tail] if whole[-tail:] == _sealed(whole[:-tail]) else None
+
+
+def _sealed(content: bytes) -> bytes:
+    return _MAGIC + hashlib.sha256(content).digest()
+
+
+def _write(path: Path, make: Callable[[Path], bytes]) -> None:
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as work:
+            made = make(Path(work))
+            file = Path(work) / path.name
+            file.touch(mode=0o700)
+            file.write_bytes(made + _sealed(made))
+            file.replace(path)  # in one step: another process sees the whole file or none
+    except OSError as error:
+        raise CompileError(f"cannot write to the cache folder {path.parent}: {error}") from error
+
+
 @functools.cache
-def _headers_text(folder: Path) -> str:
-    files = sorted(path for family in ("activation", "simd") for path in folder.joinpath(family).glob("*.h"))
+def headers_text() -> str:
+    """All that a source may include."""
+    folders = (headers() / name for name in ("activation", "gpu", "simd"))
+    files = sorted(path for folder in folders for path in folder.glob("*.*h"))
     return "\0".join(f"{path.name}\0{path.read_text(encoding='utf-8')}" for path in files)
 
 
@@ -123,39 +170,6 @@ def _run(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
 def _said(done: subprocess.CompletedProcess[str]) -> str:
     text = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
     return "\n".join([*text[:20], "..."] if len(text) > 20 else text)
-
-
-def _build(command: tuple[str, ...], files: Mapping[str, str], path: Path) -> None:
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as work:
-            library = Path(work) / path.name
-            for name, text in files.items():
-                Path(work, name).write_text(text, encoding="utf-8")
-            first = str(Path(work, next(iter(files))))
-            done = _run((*command, f"-I{headers()}", f"-I{work}", first, "-o", str(library)))
-            if done.returncode != 0 or not library.is_file():
-                raise CompileError(f"{command[0]} fails: {_said(done)}")
-            content = library.read_bytes()
-            with library.open("ab") as file:
-                file.write(_MAGIC + hashlib.sha256(content).digest())
-            library.chmod(0o700)
-            library.replace(path)  # in one step: another process sees the whole file or none
-    except OSError as error:
-        raise CompileError(f"cannot write to the cache folder {path.parent}: {error}") from error
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        # Whose file it is matters: the one that is loaded runs as this user.
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-            info = os.fstat(file.fileno())
-            if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
-                return False
-            content = file.read()
-    except OSError:
-        return False
-    tail = len(_MAGIC) + hashlib.sha256().digest_size
-    return content[-tail:] == _MAGIC + hashlib.sha256(content[:-tail]).digest()
 
 
 def _private_folder() -> Path:

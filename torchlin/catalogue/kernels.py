@@ -109,9 +109,11 @@ def plan(name: str, training: bool = True) -> Plan | None:
 _loaded: dict[int, tuple[Kernel, set[str]]] = {}
 
 
-def loaded(kernel: Kernel, device: str) -> None:
-    """Says that a kernel that is not in the table was compiled since, and is there on a type of devices."""
-    _loaded.setdefault(kernel.id, (kernel, set()))[1].add(device)
+def loaded(kernel: Kernel, device: str | None = None) -> None:
+    """Says that a kernel that is not in the table was compiled since for a type of devices; for None, that it may be."""
+    devices = _loaded.setdefault(kernel.id, (kernel, set()))[1]
+    if device is not None:
+        devices.add(device)
 
 
 def devices(kernel: Kernel) -> tuple[str, ...]:
@@ -122,8 +124,17 @@ def devices(kernel: Kernel) -> tuple[str, ...]:
 
 
 def with_id(id: int) -> Kernel:
-    """The kernel of an id, in the table or compiled since."""
-    return _loaded[id][0] if id in _loaded else next(k for k in kernels().values() if k.id == id)
+    """The kernel of an id, in the table or compiled since.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return _loaded[id][0] if id in _loaded else _by_id()[id]
+
+
+@functools.cache
+def _by_id() -> Mapping[int, Kernel]:
+    return {kernel.id: kernel for kernel in kernels().values()}
 
 
 def forget() -> None:

@@ -22,6 +22,7 @@ from torchlin.ops._checks import (
 )
 from torchlin.ops.activation_autograd import ActivationInplace, apply
 from torchlin.ops.activation_composed import IMPLEMENTATIONS
+from torchlin.ops.activation_kernel import load_late
 
 _raw: Any = torch.ops.torchlin
 _CPU_KERNEL = "_activation_fwd" in _library.ops()
@@ -363,7 +364,7 @@ def _is_exporting() -> bool:
 def _use_reference(form: forms.Form, x: Tensor) -> bool:
     return (
         _is_exporting()
-        or x.device.type not in form.devices
+        or (x.device.type not in form.devices and not load_late(form.kernel, x.device.type))
         or not _library.has_kernel(x.device.type)
         or (x.is_cuda and x.dtype is torch.float64)
         or not _CPU_KERNEL

@@ -10,16 +10,15 @@ import re
 import threading
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from torchlin import _compile, _library, catalogue, registry
+from torchlin import catalogue, registry
+from torchlin._compile import CompileError
 from torchlin.catalogue import Activation, kernels
-from torchlin.catalogue.cpp_code import shard
-from torchlin.catalogue.formula import RESERVED, Input, Param, written_out
+from torchlin.catalogue.formula import RESERVED, Input, Param
+from torchlin.ops import activation_kernel
 from torchlin.ops.activation import activation, forget, gated_activation
 
 if TYPE_CHECKING:
@@ -27,20 +26,8 @@ if TYPE_CHECKING:
 
 Default = float | Sequence[float] | str
 
-_raw: Any = torch.ops.torchlin
 _lock = threading.RLock()
 _defined: dict[str, FormulaActivation] = {}
-_SOURCE = """\
-#include "activation/kernel.h"
-#define TORCHLIN_SHARD_FILE "functor.inc"
-#define TORCHLIN_KERNEL "activation/kernel_cpu.h"
-#include "simd/foreach_isa.h"
-TORCHLIN_ACTIVATION_LIBRARY
-"""
-# What a compiler takes some seven seconds for; the largest formula of the catalogue has 40 operations, most have ten.
-_MOST_OPERATIONS = 500
-_LONGEST = 20_000  # operations where nothing is shared: the source has the formula in a comment
-_MOST_SLOTS = 31  # the kernel keeps their kinds in the bits of one number
 
 
 def activation_from_formula(
@@ -169,9 +156,11 @@ class FormulaActivation:
             if compile is False:
                 self.why_not = "compile=False"
                 return
+            kernels.loaded(kernel)
+            forget()
             try:
-                _load(kernel)
-            except _compile.CompileError as error:
+                activation_kernel.load(kernel)
+            except CompileError as error:
                 if compile is True:
                     raise
                 self.why_not = str(error)
@@ -186,33 +175,6 @@ def _again(
     formula: str, name: str | None, parameters: dict[str, Default], inputs: tuple[str, ...]
 ) -> FormulaActivation:
     return activation_from_formula(formula, name, parameters=parameters, inputs=inputs)
-
-
-def _load(kernel: kernels.Kernel) -> None:
-    """Compiles a kernel, or finds it in the cache, and hands it to the compiled library."""
-    if "_activation_load" not in _library.ops():
-        raise _compile.CompileError(
-            _library.status()["cpu"].reason or "torchlin's CPU library has no activations"
-        )
-    for count, what, most in (
-        (sum(1 for _ in kernel.body.walk()), "operations", _MOST_OPERATIONS),
-        (written_out(kernel.body), "operations where nothing is shared", _LONGEST),
-        (len(kernel.vector_slots), "values that parameters give", _MOST_SLOTS),
-    ):
-        if count > most:
-            raise _compile.CompileError(f"the formula has {count} {what}, more than {most}")
-    path = _compiled(kernel)
-    try:
-        loaded = _raw._activation_load(str(path))
-    except RuntimeError as error:
-        path.unlink(missing_ok=True)
-        raise _compile.CompileError(f"{path} does not load: {error}") from error
-    assert list(loaded) == [kernel.id], loaded
-    kernels.loaded(kernel, "cpu")
-
-
-def _compiled(kernel: kernels.Kernel) -> Path:
-    return _compile.shared_library(kernel.name, {"kernel.cpp": _SOURCE, "functor.inc": shard([kernel])})
 
 
 # ------------------------------------------------------------------------------------------------------------ names
