@@ -336,6 +336,14 @@ def activation_reference(
         )
 
 
+def gated_activation_reference(
+    a: Tensor, b: Tensor | None = None, name: str = "swiglu", **arguments: Any
+) -> Tensor:
+    """The gated unit in plain torch; arguments as :func:`gated_activation`, without `out`."""
+    with exportable():
+        return gated_activation(a, b, name, **arguments)
+
+
 @contextlib.contextmanager
 def exportable() -> Iterator[None]:
     """Within it, activations are computed by aten operators alone, as exporters to other formats need.
