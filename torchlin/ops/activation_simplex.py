@@ -243,5 +243,7 @@ def _exponential_mean(x: Tensor, t: Tensor, dim: int) -> Tensor:
     safe = torch.where(near, torch.ones_like(t), t)
     exponent = safe * u
     middle = torch.log1p(torch.expm1(exponent.masked_fill(near | far, 0)).mean(dim, keepdim=True)) / safe
-    wide = (torch.logsumexp(exponent, dim, keepdim=True) - torch.log(_counts(x, dim).amax())) / safe
+    wide = (
+        torch.logsumexp(exponent, dim, keepdim=True) - torch.log(_counts(x, dim).amax(dim, keepdim=True))
+    ) / safe
     return mean + torch.where(near, series, torch.where(far, wide, middle))
