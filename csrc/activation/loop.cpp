@@ -47,6 +47,14 @@ class Worker {
         execute(n, true);
       } else {
         n = std::min(left, limit);
+        if (loop_.stream) {
+          stream_ = true;
+          for (int i = 0; i < loop_.count; ++i) {
+            const int o = loop_.operands[i];
+            if (o >= kOutput) stream_ &= (reinterpret_cast<uintptr_t>(loop_.base[o]) + cursor_.at[o] * sizeof_) % 64 == 0;
+          }
+          if (stream_) n = std::min(n, block_);
+        }
         if (n >= loop_.lanes && runs_ok) {
           n -= n % loop_.lanes;
           execute(n, false);
@@ -103,7 +111,7 @@ class Worker {
   void execute(int64_t n, bool gathered) {
     const int64_t padded = (n + loop_.lanes - 1) / loop_.lanes * loop_.lanes;
     const Copies& copies = loop_.copies[loop_.storage];
-    bool in_scratch[kOperands] = {};
+    bool in_scratch[kOperands] = {}, streamed[kOperands] = {};
     C* scratch = nullptr;
     const auto take = [&](int64_t size) {
       if (scratch == nullptr) scratch = this->scratch();
@@ -115,7 +123,10 @@ class Worker {
     for (int i = 0; i < loop_.count; ++i) {
       const int o = loop_.operands[i];
       void* data;
-      if (!gathered && is_direct(o)) {
+      if (!gathered && is_direct(o) && o >= kOutput && stream_) {
+        streamed[o] = true;
+        data = blocks[o] = take(padded);
+      } else if (!gathered && is_direct(o)) {
         data = loop_.base[o] + cursor_.at[o] * sizeof_;
       } else {
         in_scratch[o] = true;
@@ -155,6 +166,7 @@ class Worker {
 
     for (int i = 0; i < loop_.count; ++i) {
       const int o = loop_.operands[i];
+      if (streamed[o]) copies.stream(blocks[o], n, loop_.base[o] + cursor_.at[o] * sizeof_);
       if (o < kOutput || !in_scratch[o]) continue;
       segments(n, [&](const Cursor& c, int64_t position, int64_t length) {
         copies.scatter(blocks[o] + position, loop_.dims[0].step[o], length, loop_.base[o] + c.at[o] * sizeof_);
@@ -238,8 +250,8 @@ class Worker {
   C* scratch() {
     if (scratch_ == nullptr) {
       const int64_t per_element = loop_.count + 2 * loop_.rows;
-      heap_.reset(new C[per_element * std::max<int64_t>(block_, 64) + 64]);
-      scratch_ = heap_.get();
+      heap_.reset(new C[per_element * std::max<int64_t>(block_, 64) + 128]);
+      scratch_ = reinterpret_cast<C*>((reinterpret_cast<uintptr_t>(heap_.get()) + 63) & -64);
     }
     return scratch_;
   }
@@ -249,6 +261,7 @@ class Worker {
   const int64_t sizeof_;
   const Copies& compute_;
   int64_t block_;
+  bool stream_ = false;
   bool contiguous_, any_direct_, channel_runs_;
   Args args_;
   Cursor cursor_;

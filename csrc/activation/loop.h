@@ -13,6 +13,7 @@ namespace torchlin::activation {
 struct Copies {
   void (*gather)(const void* source, int64_t step, int64_t n, void* target);
   void (*scatter)(const void* source, int64_t step, int64_t n, void* target);
+  void (*stream)(const void* source, int64_t n, void* target);
 };
 
 // The channel is an operand too: an index into the slots' rows.
@@ -29,6 +30,7 @@ struct Loop {
   Storage storage = kFloat;
   bool direct = true;  // the kernel takes the storage type; otherwise the compute type
   int64_t lanes = 1;
+  bool stream = false;  // outputs go past the caches
 
   int operands[kOperands], count = 0;  // those in use, without the channel
   char* base[kOperands] = {};

@@ -1,5 +1,6 @@
 // The activations' raw ops: schemas, and the CPU kernels' operands and threads.
 #include <array>
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <vector>
@@ -199,7 +200,9 @@ class Builder {
   std::array<int64_t, 32> first_row_;
 };
 
-void run(const Loop& loop) {
+void run(Loop& loop) {
+  static const int64_t threshold = std::getenv("TLS") ? std::atoll(std::getenv("TLS")) : INT64_MAX;
+  loop.stream = loop.numel >= threshold;
   parallel_for((loop.numel + kUnit - 1) / kUnit, kGrain / kUnit, [&](int64_t begin, int64_t end) {
     loop.run(begin * kUnit, std::min(end * kUnit, loop.numel), nullptr);
   });

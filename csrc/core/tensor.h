@@ -15,6 +15,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/huge_pages.h"
 #include "core/op.h"
 
 namespace torchlin {
@@ -56,6 +57,20 @@ inline Tensor empty_strided(const Tensor& like, int64_t ndim, const int64_t* siz
   if (dtype < 0) TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle out = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes, strides, dtype, device_type, device_index, &out));
+#if !defined(USE_CUDA)  // the library for CUDA allocates nothing here
+  if (device_type == aoti_torch_device_type_cpu()) {
+    int64_t elements = 1;
+    for (int64_t i = 0; i < ndim; ++i) elements *= sizes[i];
+    const int64_t threshold = huge_page_threshold().load(std::memory_order_relaxed);
+    if (threshold >= 0 && elements >= threshold / 8) {  // no element has more bytes
+      void* data = nullptr;
+      int64_t bytes = 0;
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(out, &data));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(out, &bytes));
+      if (bytes >= threshold) advise_huge_pages(data, bytes);
+    }
+  }
+#endif
   return Tensor(out);
 }
 
