@@ -169,7 +169,7 @@ def test_value_and_gradients_are_torchs(case: str, compile: bool) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("case", ["parameters", "two inputs and a parameter", "sum", "poly"])
-def test_gradcheck_of_kernels(case: str) -> None:
+def test_transforms_of_kernels(case: str) -> None:
     f, _ = define(case, True)
     tensors, values = arguments(case, torch.float64, size=3)
     keys, count = list(values), len(tensors)
@@ -178,6 +178,10 @@ def test_gradcheck_of_kernels(case: str) -> None:
         return f(*leaves[:count], **dict(zip(keys, leaves[count:], strict=True)))
 
     assert torch.autograd.gradcheck(call, (*tensors, *values.values()))
+    assert torch.autograd.gradgradcheck(call, (*tensors, *values.values()))
+    (x, *_) = tensors
+    batched = torch.vmap(lambda row: f(row, *(t[0] for t in tensors[1:])))(x)
+    torch.testing.assert_close(batched, f(x, *(t[0].expand_as(x) for t in tensors[1:])))
 
 
 @needs_compiler
@@ -635,7 +639,7 @@ BAD = [
     ("x{0}", {}, 1, "unexpected character '{'"),
     ("x\\\n#include <x>", {}, 1, "unexpected character"),
     ("x /* */ + 1", {}, 3, "expected a number"),
-    ("lambda(x)", {}, 0, "unknown function 'lambda'"),
+    ("open(x)", {}, 0, "unknown function 'open'; the functions here are where, max"),
     ("x\0", {}, 1, "unexpected character"),
     ("х", {}, 0, "unexpected character"),  # a Cyrillic letter
     ("x*²", {}, 2, "unexpected character"),

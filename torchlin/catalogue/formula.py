@@ -453,7 +453,8 @@ class _Parser:
         if arity is None:
             if token.text in self.names or token.text in self.locals:
                 self.fail(f"{token.text!r} is not a function; write {token.text}*(...) for a product", token)
-            self.fail(f"unknown function {token.text!r}{_closest(token.text, FUNCTIONS)}", token)
+            hint = _closest(token.text, FUNCTIONS) or f"; {_list('functions', FUNCTIONS)}"
+            self.fail(f"unknown function {token.text!r}{hint}", token)
         self.next()
         starts: list[Token] = []
         args: list[Node] = []
