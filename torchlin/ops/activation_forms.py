@@ -304,8 +304,10 @@ def slots_of(call: Call, like: Tensor) -> tuple[Tensor | None, Sequence[int]]:
         return None, ()
     if call.items is not None:
         if torch.compiler.is_compiling():
-            lengths = _constant_lengths(form.name, call.training, call.items)
-            return _constant_slots(form.name, call.training, call.items, dtype, like.device), lengths
+            # Made in the graph, of numbers: it has one place only for tensors that one function gave it.
+            slots = _host_slots(form.name, call.training, call.items)
+            filled = [torch.full((1,), v, dtype=dtype, device=like.device) for slot in slots for v in slot]
+            return torch.stack(filled), [len(slot) for slot in slots]
         known = call.constants.get((dtype, like.device))
         if known is None:
             known = (
