@@ -6,6 +6,11 @@
 // each R_k is made a variable of the dual numbers it is computed in; the second, P `collects`, in plain numbers, in which the
 // terms' own derivatives are handed out, one j after the other.
 
+// A loop over coefficients is as long as it is: unrolled for a GPU it would cost registers and code.
+#ifndef TORCHLIN_NO_UNROLL
+#define TORCHLIN_NO_UNROLL
+#endif
+
 enum class Reductions { plain, mark, collect };
 template <class P>
 inline constexpr Reductions reductions_of = Reductions::plain;
@@ -33,6 +38,7 @@ TORCHLIN_FUNCTOR auto sum(const P& p, const Term& term) {
     else return term(j);
   };
   decltype(lit<T>(0.0) + at(0)) total = lit<T>(0.0);
+  TORCHLIN_NO_UNROLL
   for (int j = 0; j < n; ++j) total = total + at(j);
   return reduced<k>(p, total);
 }
@@ -43,9 +49,11 @@ TORCHLIN_FUNCTOR auto polynomial(const P& p, U u) {
   const int n = length(p, i);
   if constexpr (reductions_of<P> == Reductions::collect) {
     U power = lit<T>(1.0);
+    TORCHLIN_NO_UNROLL
     for (int j = 0; j < n; ++j, power = power * u) p.template collect_basis<k, i>(power, j);
   }
   decltype(u * arg<T>(p, i, 0)) total = arg<T>(p, i, n - 1);
+  TORCHLIN_NO_UNROLL
   for (int j = n - 1; j-- > 0;) total = total * u + arg<T>(p, i, j);
   return reduced<k>(p, total);
 }
@@ -56,6 +64,7 @@ TORCHLIN_FUNCTOR auto recurrence(const P& p, U u, Alpha alpha, Gamma gamma) {
   const int n = length(p, i);
   U now = lit<T>(1.0), last = lit<T>(0.0);
   decltype(u * arg<T>(p, i, 0)) total = arg<T>(p, i, 0);
+  TORCHLIN_NO_UNROLL
   for (int j = 0;; ++j) {
     if constexpr (reductions_of<P> == Reductions::collect) p.template collect_basis<k, i>(now, j);
     if (j + 1 >= n) break;

@@ -15,7 +15,7 @@ inline int device_attribute(cudaDeviceAttr which, int device) {
 }
 
 template <class Kernel, class... Args>
-void launch(cudaStream_t stream, Kernel kernel, unsigned grid, int threads, size_t shared_bytes,
+void launch(cudaStream_t stream, Kernel kernel, dim3 grid, int threads, size_t shared_bytes,
             const Args&... args) {
   if (shared_bytes > kDefaultSharedBytes) {
     TORCHLIN_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

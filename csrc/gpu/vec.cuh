@@ -56,16 +56,25 @@ __device__ __forceinline__ To bits_as(const From& from) {
 
 using detail::bits_as;
 
+#if defined(__CUDACC__)
+#define TORCHLIN_CHECK_ALIGNED(p, bytes)
+#else
+#define TORCHLIN_CHECK_ALIGNED(p, bytes) \
+  if (reinterpret_cast<uintptr_t>(p) % (bytes)) simt::detail::fail("global memory misaligned: " #bytes)
+#endif
+
 // Reads a Vec from global memory; `p` must be aligned to it.
 template <class V, class T>
 __device__ __forceinline__ V load_vec(const T* p) {
   using W = typename detail::words<sizeof(V)>::type;
+  TORCHLIN_CHECK_ALIGNED(p, sizeof(W));
   return bits_as<V>(*reinterpret_cast<const W*>(p));
 }
 
 template <class V, class T>
 __device__ __forceinline__ void store_vec(T* p, const V& v) {
   using W = typename detail::words<sizeof(V)>::type;
+  TORCHLIN_CHECK_ALIGNED(p, sizeof(W));
   *reinterpret_cast<W*>(p) = bits_as<W>(v);
 }
 

@@ -186,7 +186,15 @@ TORCHLIN_INLINE auto hypot(A a, B b) -> std::enable_if_t<is_dual<A> || is_dual<B
 template <class A, class B>
 TORCHLIN_INLINE auto pow(A a, B b) -> std::enable_if_t<is_dual<A> || is_dual<B>, common<A, B>> {
   const auto u = value(a), v = value(b), power = pow(u, v);
-  return chain(power, a, pow_by_base(u, v), b, pow_by_exponent(u, v, power));
+  const auto by_base = pow_by_base(u, v, power), by_exponent = pow_by_exponent(u, v, power);
+  if constexpr (is_dual<A> && is_dual<B>) {
+    // The logarithm of a negative base is NaN: that is the exponent's derivative alone.
+    return with_derivatives<A>(power, [&](int i) {
+      return by_base * a.d[i] + (b.d[i] == decltype(u){} ? decltype(u){} : by_exponent * b.d[i]);
+    });
+  } else {
+    return chain(power, a, by_base, b, by_exponent);
+  }
 }
 
 }  // namespace tl
