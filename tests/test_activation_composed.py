@@ -401,17 +401,36 @@ def test_gradients_of_16_bits_are_finite_and_near(case: Case) -> None:
 
 
 @every
-def test_compiled_in_one_graph(case: Case) -> None:
+def test_compiled_in_one_graph_for_batches_of_any_size(case: Case) -> None:
     torch.compiler.reset()
-    compiled = torch.compile(case.call, fullgraph=True, backend="aot_eager")
-    results = []
-    for function in (case.call, compiled):
-        x, tensors = case.x(), case.arguments()
-        leaves = [x.requires_grad_(), *(t.requires_grad_() for t in tensors.values())]
-        y = function(x, **tensors)
-        results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
-    for plain, traced in zip(*results, strict=True):
-        torch.testing.assert_close(traced, plain, rtol=1e-10, atol=1e-12)
+    compiled = torch.compile(case.call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for copies in (1, 2):
+        results = []
+        for function in (case.call, compiled):
+            x, tensors = torch.cat([case.x()] * copies), case.arguments()
+            leaves = [x.requires_grad_(), *(t.requires_grad_() for t in tensors.values())]
+            y = function(x, **tensors)
+            results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+        for plain, traced in zip(*results, strict=True):
+            torch.testing.assert_close(traced, plain, rtol=1e-10, atol=1e-12)
+
+
+EXPORTED = {"entmax15", "gumbel_softmax", "mtlu", "funnel_relu", "dy_relu", "evonorm_s0", "lwta", "modrelu"}
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in EXPORTED and not c.label], ids=str)
+def test_exported(case: Case) -> None:
+    """As a graph of aten operators alone."""
+
+    class Module(nn.Module):
+        def forward(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+            return case.call(x, **tensors)
+
+    x, tensors = case.x(), case.arguments()
+    exported = torch.export.export(Module(), (x, tensors))
+    torch.testing.assert_close(exported.module()(x, tensors), case.call(x, **tensors), rtol=1e-12, atol=1e-13)
+    operators = [n.target for n in exported.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    assert {op.namespace for op in operators} <= {"aten"}
 
 
 @every

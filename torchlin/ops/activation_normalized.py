@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,11 +94,11 @@ def dynamic_relu(
     lambda_b: float = 0.5,
 ) -> Tensor:
     channel_dim, channels = _feature_dim(x, channel_dim)
-    pieces, rest = divmod(fc2_weight.shape[0], 2 if shared else 2 * channels)
-    if rest or not pieces:
+    rows, each = fc2_weight.shape[0], 2 if shared else 2 * channels
+    pieces = operator.index(rows // each)  # a traced graph is specialised on it
+    if rows != pieces * each or not pieces:
         raise ValueError(
-            f"fc2_weight must have 2·k{'' if shared else '·channels'} rows, {channels} channels, "
-            f"got {fc2_weight.shape[0]}"
+            f"fc2_weight must have 2·k{'' if shared else '·channels'} rows, {channels} channels, got {rows}"
         )
     pooled = _pooled(x, channel_dim)
     hidden = torch.relu(_linear("fc1", pooled, fc1_weight, fc1_bias))
