@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from torchlin import _library
-from torchlin.catalogue import find
 from torchlin.ops import activation_forms as forms
 from torchlin.ops._checks import (
     check_dim,
@@ -91,7 +90,7 @@ def activation(
             return _short(x, *known)
         except RuntimeError:
             pass
-    canonical, implementation, tensors = forms.kind_of(name)
+    canonical, implementation, tensors, _ = forms.kind_of(name)
     if implementation:
         return _composed(
             x, canonical, implementation, training, inplace, out, channel_dim, generator, parameters
@@ -151,7 +150,7 @@ def gated_activation(
         >>> torchlin.functional.gated_activation(packed, name="reglu")
         tensor([3., 8.])
     """
-    canonical, implementation, tensors = forms.kind_of(name)
+    canonical, implementation, tensors, of_name = forms.kind_of(name)
     if implementation or tensors < 2:
         raise ValueError(
             f"name: {canonical!r} is no function of two tensors; use activation(x, {canonical!r})"
@@ -162,7 +161,7 @@ def gated_activation(
         if not isinstance(parameters.get(key), Tensor):
             raise TypeError(f"{canonical} needs the tensor {key}=, got {parameters.get(key)!r}")
         others.append(parameters.pop(key))
-    second_first = _swapped(canonical, gate)
+    second_first = _swapped(canonical, of_name, gate)
     layout = ("halves" if b is None else "split") if layout is None else layout
     if layout not in ("split", "halves", "interleaved"):
         raise ValueError(f"layout must be 'split', 'halves' or 'interleaved', got {layout!r}")
@@ -215,14 +214,13 @@ def _composed(x, name, implementation, training, inplace, out, channel_dim, gene
     return (x if inplace else out).copy_(y)
 
 
-def _swapped(name: str, gate: str | None) -> bool:
-    """Whether the formula's a is the second tensor."""
+def _swapped(name: str, of_name: str, gate: str | None) -> bool:
+    """Whether the formula's a is the second tensor; of_name is the one that gates in the formula."""
     if gate is None:
         return False
     if gate not in ("first", "second"):
         raise ValueError(f"gate must be 'first', 'second' or None, got {gate!r}")
-    of_name = find(name).gate
-    if of_name is None:
+    if not of_name:
         raise ValueError(f"gate: {name} has no gate; leave it out")
     return (of_name == "a") != (gate == "first")
 
@@ -282,6 +280,8 @@ def _compute(
 ) -> Tensor:
     x = inputs[0]
     by_autograd = inplace and needs_grad(x)
+    if by_autograd and torch.compiler.is_compiling():  # a traced graph keeps what it needs
+        return x.copy_(_compute(call, inputs, channel_dim, split, split_dim, False, None))
     if by_autograd and (call.items is None or not forms.keeps_slope(call.form.name, call.items)):
         raise ValueError(
             f"inplace=True overwrites x, which the gradient of {call.form.name} needs: use inplace=False"

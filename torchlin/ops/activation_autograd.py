@@ -24,6 +24,8 @@ _SLOTS = 8  # the bit of a request for gradients that means the slots; bit i is 
 def apply(inputs, slots, learnable, kernel, lengths, channel_dim, split, split_dim):
     """The op on arguments that are valid already, differentiable; by the slots too if they are learnable."""
     if in_forward_mode():
+        if learnable or split:
+            return _kernel_values(inputs, slots, kernel, lengths, channel_dim, split, split_dim)
         return _ActivationForward.apply(slots, kernel, lengths, channel_dim, split, split_dim, *inputs)
     # Constant slots are not asked: a traced graph does not know whether its constants require grad.
     if needs_grad(*inputs) or (learnable and needs_grad(slots)):
@@ -96,38 +98,42 @@ class _ActivationForward(_ActivationTransformed):
         ctx.save_for_forward(arguments[0], *arguments[6:])
 
     @staticmethod
-    def jvp(ctx, slots_tangent, _kernel, _lengths, _channel_dim, _split, _split_dim, *tangents):
+    def jvp(ctx, _slots, _kernel, _lengths, _channel_dim, _split, _split_dim, *tangents):
         slots, *inputs = ctx.saved_tensors
-        *_, split, _ = ctx.static
         total = None
-        if slots_tangent is None and not split:
-            for i, tangent in enumerate(tangents):
-                if tangent is not None:
-                    part = _backward(1 << i, tangent, inputs, slots, *ctx.static)[0]
-                    total = part if total is None else total + part
-            return total
-        # J t is the derivative by u of the backward pass of u, which is linear in u.
-        with torch.enable_grad():
-            points = [t.detach().requires_grad_() for t in ([] if slots is None else [slots]) + inputs]
-            own = points[1:] if slots is not None else points
-            y = _kernel_values(own, None if slots is None else points[0], *ctx.static)
-            u = torch.zeros_like(y, requires_grad=True)
-            back = torch.autograd.grad(y, points, u, create_graph=True, materialize_grads=True)
-            along = ([] if slots is None else [slots_tangent]) + list(tangents)
-            pairs = [(g, t) for g, t in zip(back, along, strict=True) if t is not None]
-            grads, given = [g for g, _ in pairs], [t.to(g.dtype) for g, t in pairs]
-            return torch.autograd.grad(grads, u, given, materialize_grads=True)[0]
+        for i, tangent in enumerate(tangents):
+            if tangent is not None:
+                part = _backward(1 << i, tangent, inputs, slots, *ctx.static)[0]
+                total = part if total is None else total + part
+        return total
 
 
 def _backward(needs, grad, inputs, slots, kernel, lengths, channel_dim, split, split_dim):
     """Gradients that `needs` asks for, inputs first; differentiable again outside of traced graphs."""
-    if not torch.compiler.is_compiling() and needs_grad(grad, slots, *inputs):
-        return _ActivationBackward.apply(
-            grad, slots, kernel, lengths, channel_dim, split, split_dim, needs, *inputs
-        )
+    static = kernel, lengths, channel_dim, split, split_dim
+    if not torch.compiler.is_compiling():
+        if needs_grad(grad, slots, *inputs):
+            return _ActivationBackward.apply(grad, slots, *static, needs, *inputs)
+        if torch._C._functorch.is_legacy_batchedtensor(
+            grad
+        ):  # is_grads_batched=True: it knows no operator of lists
+            return _plain_backward(needs, grad, inputs, slots, static)
     return _raw._activation_bwd(
         grad, list(inputs), kernel, slots, lengths, channel_dim, split, split_dim, needs
     )
+
+
+def _plain_backward(needs, grad, inputs, slots, static):
+    """The same from the plain torch form."""
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        slots = None if slots is None else slots.detach().requires_grad_()
+        y = _kernel_values(inputs, slots, *static)
+    return torch.autograd.grad(y, _wanted(needs, inputs, slots), grad, materialize_grads=True)
+
+
+def _wanted(needs, inputs, slots):
+    return [t for i, t in enumerate(inputs) if needs >> i & 1] + ([slots] if needs & _SLOTS else [])
 
 
 class _ActivationBackward(torch.autograd.Function):
@@ -158,9 +164,9 @@ class _ActivationBackward(torch.autograd.Function):
             inputs = [take(t) for t in inputs]
             slots = None if slots is None else take(slots)
             y = _kernel_values(inputs, slots, *static)
-            chosen = [t for i, t in enumerate(inputs) if needs >> i & 1]
-            chosen += [slots] if needs & _SLOTS else []
-            first = torch.autograd.grad(y, chosen, grad, create_graph=True, materialize_grads=True)
+            first = torch.autograd.grad(
+                y, _wanted(needs, inputs, slots), grad, create_graph=True, materialize_grads=True
+            )
             pairs = [
                 (f, c.to(f.dtype))
                 for f, c in zip(first, cotangents, strict=True)

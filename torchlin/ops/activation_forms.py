@@ -84,10 +84,10 @@ def form_of(name: str, training: bool) -> Form:
 
 
 @traced_constant
-def kind_of(name: str) -> tuple[str, str, int]:
-    """Canonical name, implementation or "", and how many tensors the function is of."""
+def kind_of(name: str) -> tuple[str, str, int, str]:
+    """Canonical name, implementation or "", how many tensors the function is of, and which is a gate, or ""."""
     row = find(name)
-    return row.name, row.implementation or "", len(row.inputs)
+    return row.name, row.implementation or "", len(row.inputs), row.gate or ""
 
 
 @traced_constant
@@ -158,13 +158,15 @@ def prepare(
     name: str, training: bool, parameters: Mapping[str, Any], like: Tensor, generator: torch.Generator | None
 ) -> Call:
     """The parameters, checked; those that stay numbers are checked once."""
-    items = _plain_numbers(parameters)
+    # What a traced graph takes for numbers may be symbols: there they become tensors.
+    traced = bool(parameters) and torch.compiler.is_compiling()
+    items = None if traced else _plain_numbers(parameters)
     if items is not None:
         call = _number_call(name, training, items)
         if call.items is not None:
             return call
     form = form_of(name, training)
-    values = _named_values(form, parameters)
+    values = _named_values(form, _filled(parameters, like) if traced else parameters)
     channels = 1
     for key, value in values.items():
         if isinstance(value, Tensor):
@@ -181,6 +183,21 @@ def prepare(
             noise = _draw(distribution, numbers, (size,), like, generator)
             values[key] = list(noise.to(compute_dtype(like.dtype)).unsqueeze(-1).unbind(0))
     return Call(form, training, values, None, channels)
+
+
+def _filled(parameters: Mapping[str, Any], like: Tensor) -> dict[str, Any]:
+    """Numbers as tensors, of a value each."""
+    filled: dict[str, Any] = {}
+    for key, value in parameters.items():
+        if isinstance(value, (list, tuple)):
+            filled[key] = torch.stack(
+                [torch.full((), v, dtype=compute_dtype(like.dtype), device=like.device) for v in value]
+            )
+        elif isinstance(value, Tensor):
+            filled[key] = value
+        else:
+            filled[key] = torch.full((1,), value, dtype=compute_dtype(like.dtype), device=like.device)
+    return filled
 
 
 def _plain_numbers(parameters: Mapping[str, Any]) -> tuple[tuple[str, Any], ...] | None:
@@ -244,8 +261,6 @@ def _tensor_parameter(key: str, value: Tensor, is_vector: bool, like: Tensor) ->
 
 
 def _number_parameter(name: str, key: str, value: Any) -> Any:
-    if torch.compiler.is_compiling():
-        return tuple(value) if isinstance(value, (tuple, list)) else float(value)
     parameter = find(name).parameters[key]
     if parameter.is_vector:
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
