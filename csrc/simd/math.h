@@ -3,11 +3,11 @@
 // per level and file, hence no include guard; dual.h adds the same names for dual numbers.
 //
 // Each function is written once, as `name_pair`, which gives value and derivative from shared sub-results; what a caller does
-// not use the compiler drops. Float: own polynomials; errors within 2 units in the last place for exp, expm1, log, log1p, erf,
-// atan, 2.3 for tanh and sigmoid, 4 for the rest; subnormal results, signed zeros, infinities and NaN included
-// (tests/test_simd_math.py). An argument is clamped where the result no longer depends on it, so that no intermediate is
-// subnormal unless the result is: such operations cost a hundred times more. Double serves gradient checks, where speed is
-// nothing: libm, lane by lane.
+// not use the compiler drops. Float: own polynomials, piecewise ones on AVX2 and AVX-512; errors within 2 units in the last
+// place for exp, expm1, log, log1p, atan, 3 for tanh, sigmoid, erf, 4 for the rest; infinities, NaN and signed zeros included;
+// results below the smallest normal number may be 0 (tests/test_simd_math.py). An argument is clamped where the result no
+// longer depends on it, so that no intermediate is subnormal unless the result is: such operations cost a hundred times more.
+// Double serves gradient checks, where speed is nothing: libm, lane by lane.
 //
 // Coefficients were fitted for this file: least squares at Chebyshev nodes, reweighted towards the minimax error, lower
 // coefficients rounded to the type before higher ones are fitted. The stated error is relative to the function.
@@ -187,6 +187,14 @@ TORCHLIN_INLINE F lookup(const float (&table)[kPieces], I index) {  // by the lo
   return (F)_mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
 #endif
 }
+TORCHLIN_INLINE F lookup16(const float (&table)[16], I index) {
+#if TORCHLIN_ISA_BYTES == 64
+  return lookup(table, index);
+#else
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
+  return (F)_mm256_blendv_ps(low, _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), (__m256i)index), (__m256)(index << 28));
+#endif
+}
 template <int N>
 TORCHLIN_INLINE F piecewise(const float (&c)[N][kPieces], I index, F r) {
   F p{};
@@ -208,59 +216,67 @@ TORCHLIN_INLINE F piecewise(const float (&c)[N][kPieces], float width, F u) {
 struct Exponential {
   F p, s;  // s is n itself where there is the instruction
 };
-template <class... Low>
-TORCHLIN_INLINE Exponential exponential(F x, Low... low) {
 #if TORCHLIN_ISA_BYTES == 64
-  // 16 n = round(16 x / ln 2) appears in the low bits of the sum; its last four look up a sixteenth root's power.
-  constexpr float kMagic = 12582912.0f / 16;
-  const F sum = x * 1.4426950408889634f + kMagic, n = sum - kMagic;
-  F r = x - n * 0.6931471825f;
-  r = ((r - n * -1.904654323e-09f) + ... + low);
-  // exp(r) = 1 + r + r^2 Q(r), |r| <= 0.0218: 2e-09
-  const F root = lookup(kExp, (I)sum);
-  return {((r * 1.666704565e-01f + 5.000163913e-01f) * (r * r) + r) * root + root, n};  // the instruction takes n rounded down
+constexpr float kExpMagic = 12582912.0f / 16;  // a sum with it has 16 n in its low bits
 #elif TORCHLIN_ISA_BYTES == 32
-  // 8 n = round(8 x / (2 ln 2)), and the same with s = 2^n.
-  constexpr float kMagic = 12582912.0f / 8 + 127.0f;
-  const F sum = x * 0.7213475204444817f + kMagic, n = sum - kMagic;
-  F r = x - n * 1.386294365f;
-  r = ((r - n * -3.809308646e-09f) + ... + low);
-  // exp(r) = 1 + r + r^2 Q(r), |r| <= 0.0869: 5e-09
-  const F root = lookup(kExp, (I)sum);
-  const F q = poly(r, 4.999999702e-01f, 1.667213589e-01f, 4.168061912e-02f);
+constexpr float kExpMagic = 12582912.0f / 8 + 127.0f;  // 8 (n/2 + 127)
+#else
+constexpr float kExpMagic = 12582912.0f + 254.0f;  // n + 254
+#endif
+// exp(r) 2^n, with n, or half of it, in the low bits of the sum: all of them or, behind those of a whole number, what looks up
+// the power of a root of 2.
+TORCHLIN_INLINE Exponential times_power(F r, F sum) {
+#if TORCHLIN_ISA_BYTES == 64
+  // exp(r) = 1 + r + r^2 Q(r), |r| <= 0.0218: 2e-9
+  const F q = r * 1.666704565e-01f + 5.000163913e-01f, root = lookup(kExp, (I)sum);
+  return {(q * (r * r) + r) * root + root, sum - kExpMagic};  // the instruction takes n rounded down
+#elif TORCHLIN_ISA_BYTES == 32
+  // |r| <= 0.0869: 5e-9
+  const F q = poly(r, 4.999999702e-01f, 1.667213589e-01f, 4.168061912e-02f), root = lookup(kExp, (I)sum);
   return {(q * (r * r) + r) * root + root, (F)((I)sum << 20 & INT32_MIN >> 8)};
 #else
-  // n = round(x / ln 2) appears in the low bits of the sum; s is half of it, rounded down, and p has the rest.
-  constexpr float kMagic = 12582912.0f + 254.0f;
-  const F sum = x * 1.4426950408889634f + kMagic, n = sum - kMagic;
-  F r = x - n * 0.693115234375f;  // ln 2 in two parts; n times the first is exact
-  r = ((r - n * 3.1946335e-05f) + ... + low);
   // exp(r) = 1 + r Q(r), |r| <= 0.3475: 3e-9
   const F q = poly(r, 1.0f, 4.999999400e-01f, 1.666652110e-01f, 4.166828840e-02f, 8.368714710e-03f, 1.381901910e-03f);
   return {(r * q + 1.0f) * (F)((127 << 23) + (((I)sum & 1) << 23)), (F)((I)sum << 22 & INT32_MIN >> 8)};
 #endif
 }
-TORCHLIN_INLINE F scaled(Exponential e) {
-#if TORCHLIN_ISA_BYTES == 64
-  return (F)_mm512_maskz_scalef_ps(kAll, (__m512)e.p, (__m512)e.s);
+template <class... Low>
+TORCHLIN_INLINE Exponential exponential(F x, Low... low) {
+  constexpr float kUnit = TORCHLIN_ISA_BYTES == 32 ? 2.0f : 1.0f;  // of n
+#if TORCHLIN_NO_FMA
+  constexpr float kHigh = 0.693115234375f, kLow = 3.1946335e-05f;  // n times the first is exact
 #else
-  return e.p * e.s * e.s;
+  constexpr float kHigh = 0.6931471825f, kLow = -1.904654323e-09f;
 #endif
+  const F sum = x * (1.4426950408889634f / kUnit) + kExpMagic, n = sum - kExpMagic;
+  const F r = x - n * (kHigh * kUnit);
+  return times_power(((r - n * (kLow * kUnit)) + ... + low), sum);
 }
 TORCHLIN_INLINE F quarter(Exponential e) {  // cosh overflows later than exp
 #if TORCHLIN_ISA_BYTES == 64
-  return scaled({e.p, e.s - 2.0f});
+  return (F)_mm512_maskz_scalef_ps(kAll, (__m512)e.p, (__m512)(e.s - 2.0f));
 #else
   return e.p * e.s * (e.s * 0.25f);
 #endif
 }
 
-// exp is 0 below -104. Where it is a product, s is 0 itself here, for a product that underflows is slow.
-constexpr float kExpZero = TORCHLIN_ISA_BYTES == 64 ? -104.0f : -175.5f;
-
-TORCHLIN_INLINE F exp_nonpositive(F u) { return scaled(exponential(most(splat(kExpZero), u))); }
+// exp(x + low) for x <= 89, and 0 for x < zero: by default where it is below the smallest normal number, because an underflow
+// takes as long as a hundred instructions.
+constexpr float kNormal = -87.3365f, kSubnormal = -104.0f;
+template <class... Low>
+TORCHLIN_INLINE F exp_core(F x, float zero, Low... low) {
+#if TORCHLIN_ISA_BYTES == 64
+  const Exponential e = exponential(x, low...);
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(zero), _CMP_NLT_UQ);
+  return (F)_mm512_maskz_scalef_ps(kept, (__m512)e.p, (__m512)e.s);
+#else
+  const Exponential e = exponential(most(splat(-175.5f), x), low...);  // there s is 0 itself
+  return e.p * e.s * e.s;
+#endif
+}
+TORCHLIN_INLINE F exp_core(F x) { return exp_core(x, kNormal); }
 TORCHLIN_INLINE Pair<F> exp_pair(F u) {
-  const F v = exp_nonpositive(least(splat(89.0f), u));
+  const F v = exp_core(least(splat(89.0f), u));
   return {v, v};
 }
 
@@ -296,7 +312,7 @@ TORCHLIN_INLINE Pair<F> tanh_pair(F u) {
 #if TORCHLIN_ISA_BYTES == 64
   const F a = least(splat(9.14f), abs(u));
   const I index = (I)(a * 1.62f + 1.0f) >> 21;
-  const F e = exp_nonpositive(-2.0f * abs(u)), y = reciprocal(1.0f + e);
+  const F e = exp_core(-2.0f * abs(u)), y = reciprocal(1.0f + e);
   return {with_sign_of(piecewise(kTanh, index, a - lookup(kTanhCentre, index)), u), (e * (y + y)) * (y + y)};
 #else
   const F a = least(splat(43.0f), abs(u));
@@ -317,7 +333,7 @@ struct Sigmoid {
   F v, complement;
 };
 TORCHLIN_INLINE Sigmoid sigmoid_parts(F u) {
-  const F e = exp_nonpositive(minus_abs(u)), one = splat(1.0f), d = one + e;
+  const F e = exp_core(minus_abs(u), kSubnormal), one = splat(1.0f), d = one + e;
   const I positive = u > 0.0f;
   return {quotient(positive ? one : e, d), quotient(positive ? e : one, d)};
 }
@@ -328,12 +344,12 @@ TORCHLIN_INLINE Pair<F> sigmoid_pair(F u) {
 
 // With n = e (e + 2), e = exp(u): tanh(log(1 + e)) = n/(n + 2), and its derivative is 4 e (e + 1)/(n + 2)^2.
 TORCHLIN_INLINE Pair<F> tanh_softplus_pair(F u) {
-  const F e = exp_nonpositive(least(splat(43.0f), u)), n = e * (e + 2.0f), y = reciprocal(n + 2.0f), c = y + y;
+  const F e = exp_core(least(splat(43.0f), u), kSubnormal), n = e * (e + 2.0f), y = reciprocal(n + 2.0f), c = y + y;
   return {quotient(n, n + 2.0f), u >= 43.0f ? F{} : (e * c) * ((e + 1.0f) * c)};
 }
 
 TORCHLIN_INLINE Pair<F> sech_pair(F u) {
-  const F e = exp_nonpositive(minus_abs(u)), v = quotient(e + e, 1.0f + e * e);
+  const F e = exp_core(minus_abs(u), kSubnormal), v = quotient(e + e, 1.0f + e * e);
   return {v, -v * tanh_pair(u).v};
 }
 
@@ -375,7 +391,7 @@ TORCHLIN_INLINE F log_of_parts(Parts p, F f) {
 TORCHLIN_INLINE F log1p_core(F x) {
   const F y = x + 1.0f;
   const Parts p = parts(y);
-  const F s = (F)(0x3f800000 + ((I)p.m - (I)y));  // 2^-k
+  const F s = (F)_mm512_maskz_scalef_ps(kAll, _mm512_set1_ps(1.0f), (__m512)-p.k);
   return log_of_parts(p, (y > 0.0f) & (y < 0x1p100f) ? x * s + (s - 1.0f) : p.m - 1.0f);
 }
 TORCHLIN_INLINE F log_core(F x) {
@@ -426,7 +442,7 @@ TORCHLIN_INLINE Pair<F> log_pair(F u) { return {log_core(u), 1.0f / u}; }
 
 // max(u, 0) + log1p(exp(-|u|))
 TORCHLIN_INLINE Pair<F> softplus_pair(F u) {
-  const F e = exp_nonpositive(minus_abs(u)), y = reciprocal(1.0f + e);
+  const F e = exp_core(minus_abs(u)), y = reciprocal(1.0f + e);
   return {most(F{}, u) + log1p_unit(e), u > 0.0f ? y : e * y};
 }
 
@@ -475,19 +491,19 @@ TORCHLIN_INLINE Pair<F> asinh_pair(F u) {
 
 // ---- erf, erfc and the normal distribution ----
 
-// exp(-b^2 c) without the rounding error of b^2, which would be 100 units of the result; c is 1 or 1/2.
-TORCHLIN_INLINE F exp_minus_square(F b, float c) {
+// exp(-b^2 c) (0 where exp_core says) without the rounding error of b^2, which would be 100 units of the result; c is 1 or 1/2.
+TORCHLIN_INLINE F exp_minus_square(F b, float c, float zero) {
   const F scale = b * -c;
 #if TORCHLIN_NO_FMA
   const F upper = (F)((I)b & ~0xfff), x = upper * upper * -c, low = (b - upper) * (b + upper) * -c;
 #else
   const F x = scale * b, low = fma(scale, b, -x);
 #endif
-  return scaled(exponential(x, low));
+  return exp_core(x, zero, low);
 }
 
 constexpr float kRoot2 = 1.4142135623730951f, kTwoOverRootPi = 1.1283791670955126f, kOneOverRoot2Pi = 0.3989422804014327f;
-constexpr float kTailZero = kExpZero < -104.0f ? 18.73f : 14.9f;  // exp(-a^2/2) is 0 here, see kExpZero
+constexpr float kTailZero = TORCHLIN_ISA_BYTES == 64 ? 14.9f : 19.0f;  // Phi(-a) is 0 here
 
 // exp(b^2/2) Phi(-b) for b = a or, where kErfc, a sqrt(2); b in [0, 14.4], something between 0 and 1 up to kTailZero.
 template <bool kErfc = false>
@@ -515,7 +531,7 @@ TORCHLIN_INLINE F normal_tail(F a) {
 }
 
 TORCHLIN_INLINE Pair<F> ndtr_pair(F u) {
-  const F a = least(splat(kTailZero), abs(u)), e = exp_minus_square(a, 0.5f), tail = e * normal_tail(a);
+  const F a = least(splat(kTailZero), abs(u)), e = exp_minus_square(a, 0.5f, -83.87f), tail = e * normal_tail(a);
   return {u > 0.0f ? 1.0f - tail : tail, kOneOverRoot2Pi * e};
 }
 // erf a = a + a P(a^2), |a| <= 1: 2e-9
@@ -525,12 +541,12 @@ TORCHLIN_INLINE F erf_small(F a) {
   return a * p + a;
 }
 TORCHLIN_INLINE Pair<F> erfc_pair(F u) {
-  const F a = least(splat(kTailZero / kRoot2), abs(u)), e = exp_minus_square(a, 1.0f), half = e * normal_tail<true>(a);
+  const F a = least(splat(kTailZero / kRoot2), abs(u)), e = exp_minus_square(a, 1.0f, -84.55f), half = e * normal_tail<true>(a);
   const F far = u < 0.0f ? 2.0f - (half + half) : half + half;
   return {TORCHLIN_ISA_BYTES == 16 ? where(a < 0.81f, 1.0f - erf_small(u), far) : far, -kTwoOverRootPi * e};
 }
 TORCHLIN_INLINE Pair<F> erf_pair(F u) {
-  const F e = exp_minus_square(least(splat(kTailZero / kRoot2), abs(u)), 1.0f);
+  const F e = exp_minus_square(least(splat(kTailZero / kRoot2), abs(u)), 1.0f, kNormal);
 #if TORCHLIN_ISA_BYTES >= 32
   const F v = piecewise(kErf, kErfWidth, least(splat(kErfOne), abs(u)));
 #else
@@ -612,6 +628,45 @@ TORCHLIN_INLINE Pair<F> atan_pair(F u) {
 
 // ---- powers ----
 
+#if TORCHLIN_ISA_BYTES >= 32
+// v log2(u) reaches 150, and its rounding in float alone would be 60 units of the result: in sums of two floats.
+TORCHLIN_INLINE F power_of_positive(F u, F v) {
+#if TORCHLIN_ISA_BYTES == 64
+  const Parts part = parts(u);
+  const F m = part.m, k = part.k;
+#else
+  const I tiny = u < 0x1p-126f;
+  const F normal = tiny ? u * 0x1p23f : u;
+  const I e = ((I)normal - 0x3f400000) >> 23;  // m from 3/4
+  const F m = (F)((I)normal - (e << 23));
+  const F k = u < kInf ? u > 0.0f ? __builtin_convertvector(e, F) - zero_unless(tiny, splat(23.0f)) : splat(-kInf) : u;
+#endif
+  // m = (1 + r)/near; r in two floats
+  const I index = (I)m >> 19;
+  const F near = lookup16(kInverse, index), product = m * near, rest = fma(m, near, -product), r = product - 1.0f;
+  // log2(1 + r) = r/ln 2 + r^2 R(r), -0.032 <= r <= 0.063: 6e-11
+  const F high = r * 1.44269502f;
+  const F q = poly(r, -7.213475110e-01f, 4.808983500e-01f, -3.606987890e-01f, 2.886660400e-01f, -2.245863680e-01f);
+  F low = fma(rest - rest * r, splat(1.44269502f), fma(r, splat(1.44269502f), -high)) + r * 1.92596303e-08f;
+  low = (r * r) * q + (low + lookup16(kLog2Low, index));
+  const F whole = k + lookup16(kLog2High, index), near_log = whole + high;  // the first sum is exact
+  low = zero_unless(abs(near_log) < kInf, low + ((whole - near_log) + high));
+  const F log = near_log + low, y = v * log;
+  low = (near_log - log) + low;
+  const I inside = abs(y) < 200.0f;
+  const F more = zero_unless(inside, fma(v, log, -y) + v * low), x = most(splat(-200.0f), least(splat(200.0f), y));
+#if TORCHLIN_ISA_BYTES == 64
+  const F sum = x + kExpMagic;
+  const Exponential power = times_power(((x - (sum - kExpMagic)) + more) * 0.6931471825f, sum);
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (F)_mm512_maskz_scalef_ps(kept, (__m512)power.p, (__m512)power.s);
+#else
+  const F sum = x * 0.5f + kExpMagic;
+  const Exponential power = times_power(((x - 2.0f * (sum - kExpMagic)) + more) * 0.6931471825f, sum);
+  return power.p * power.s * power.s;
+#endif
+}
+#else
 // log2 and exp2 in double: v log2(u) reaches 150, and its rounding in float alone would be 60 units of the result.
 using Half = typename vector_of<float, kLanes<double>>::type;
 using L = V<int64_t>;
@@ -648,24 +703,37 @@ TORCHLIN_INLINE D widen(F u, int part) {
   return __builtin_convertvector(h[part], D);
 }
 
-TORCHLIN_INLINE F pow(F u, F v) {
-  const F a = abs(u);
+TORCHLIN_INLINE F power_of_positive(F a, F v) {
   D y[2];
   for (int part = 0; part < 2; ++part) {
     const D x = widen(a, part);
     const D log = (x > 0.0) & (x < 1e300) ? log2_positive(x) : x == 0.0 ? splat(-1e300 * 1e300) : x;  // inf and NaN: themselves
     y[part] = exp2_wide(widen(v, part) * log);
   }
-  F r = narrow(y[0], y[1]);
-  r = ((a == 1.0f) & (v == v)) | (u == 1.0f) | (v == 0.0f) ? splat(1.0f) : r;
+  return narrow(y[0], y[1]);
+}
+#endif
+
+TORCHLIN_INLINE F pow(F u, F v) {
+  const F a = abs(u);
+  F r = power_of_positive(a, v);
+  r = (u == 1.0f) | (v == 0.0f) ? splat(1.0f) : r;
+  const I negative = (I)u < 0;
+  if (!any(negative)) return r;
+  r = (u == -1.0f) & (v == v) ? splat(1.0f) : r;
   const I whole = __builtin_convertvector(least(splat(0x1p24f), abs(v)), I);  // even beyond 2^24
   const I integral = (__builtin_convertvector(whole, F) == abs(v)) | (abs(v) >= 0x1p24f);
   const I odd = -(whole & 1) & integral;
   r = (u < 0.0f) & (a < kInf) & ~integral & (v == v) ? splat(kNaN) : r;
   return (F)((I)r ^ ((I)sign_bit(u) & odd));
 }
-// Derivatives of pow by u and by v.
-TORCHLIN_INLINE F pow_by_base(F u, F v) { return v == 0.0f ? F{} : v * pow(u, v - 1.0f); }
+// Derivatives of pow by u and by v. The first is v power/u or, of 0 and infinity, v times 0, 1 or infinity.
+TORCHLIN_INLINE F pow_by_base(F u, F v, F power) {
+  const I zero = u == 0.0f, whole = zero | (abs(u) == kInf);
+  const F limit = v == 1.0f ? splat(1.0f) : (v > 1.0f) ^ zero ? splat(kInf) : F{};
+  const F slope = whole ? (F)((I)limit | (((I)power ^ (I)u) & INT32_MIN)) : power / u;
+  return v == 0.0f ? F{} : v * slope;
+}
 TORCHLIN_INLINE F pow_by_exponent(F u, F v, F power) {
   return (u == 0.0f) & (v >= 0.0f) ? F{} : power * log_core(u);
 }
@@ -749,7 +817,7 @@ TORCHLIN_INLINE D pow(D u, D v) {
   for (int i = 0; i < kLanes<double>; ++i) w[i] = std::pow(u[i], v[i]);
   return w;
 }
-TORCHLIN_INLINE D pow_by_base(D u, D v) { return v == 0.0 ? D{} : v * pow(u, v - 1.0); }
+TORCHLIN_INLINE D pow_by_base(D u, D v, D) { return v == 0.0 ? D{} : v * pow(u, v - 1.0); }
 TORCHLIN_INLINE D pow_by_exponent(D u, D v, D power) {
   return (u == 0.0) & (v >= 0.0) ? D{} : power * log_pair(u).v;
 }
