@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +48,31 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
 
+@functools.cache
+def _compiler_has_vectors() -> bool:
+    """Whether torch.compile's C++ is made of vector instructions.
+
+    It tries them out in a process of its own. Where that fails, for a file on sys.path with the name of a module for
+    one, it writes scalar code and says nothing.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return bool(pick_vec_isa())
+
+
 def compiled(function: Callable[..., Tensor], *example: Any) -> Callable[..., Tensor] | None:
-    """torch.compile of a function, tried out; None where it does not work here (no C++ compiler, for one)."""
+    """torch.compile of a function, tried out; None where it does not work as well as it could here."""
     try:
+        if not _compiler_has_vectors():
+            raise RuntimeError("it finds no vector instructions that work here")
+        torch._inductor.config.force_disable_caches = (
+            True  # its cache gives out scalar code of such a process too
+        )
         torch._dynamo.reset()  # a recompilation limit is shared by all sizes otherwise
         fast = torch.compile(function, fullgraph=True, dynamic=False)
-        fast(*example)
+        with warnings.catch_warnings():  # of what else the cache's absence disables
+            warnings.simplefilter("ignore")
+            fast(*example)
     except Exception as error:
         print(f"torch.compile is left out: {str(error).splitlines()[0]}", file=sys.stderr)
         return None
