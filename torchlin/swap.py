@@ -55,6 +55,9 @@ def swap_(
             Module, which keeps its own weights: under a name it is used itself, under a pattern or a class
             each place gets a copy.
 
+            A name brings its own defaults; :func:`torchlin.nn.from_torch` is a function that keeps the arguments of
+            the old module, as the slope of a LeakyReLU.
+
             None: every activation of torch, transformers and timm by its equal of the catalogue, with the same
             arguments (:func:`torchlin.nn.from_torch`); what has none is left.
         kind: of the registered names among the replacements.
