@@ -264,34 +264,35 @@ def lines(rows: Sequence[Trained], times: Sequence[Row]) -> list[list[str]]:
 
 
 def plot(rows: Sequence[Trained], path: Path) -> None:
-    """Each seed's accuracy as a dot, the mean as a bar, one line a function."""
+    """Each seed's error as a dot, the mean as a bar, one line a function."""
     import matplotlib
+    import matplotlib.ticker
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    accuracies: dict[str, list[float]] = {}
-    for row in rows:
-        accuracies.setdefault(row.activation, []).append(100 * row.test_accuracy)
-    order = sorted(accuracies, key=lambda name: statistics.fmean(accuracies[name]))
-    figure_, axes = plt.subplots(figsize=(7, 0.8 + 0.26 * len(order)), layout="constrained")
-    for y, name in enumerate(order):
-        axes.plot(
-            accuracies[name], [y] * len(accuracies[name]), "o", color="tab:blue", alpha=0.45, markersize=5
-        )
-        axes.plot(
-            statistics.fmean(accuracies[name]), y, "|", color="black", markersize=14, markeredgewidth=1.6
-        )
-    axes.set_yticks(range(len(order)), order)
-    axes.grid(axis="x", alpha=0.3)
     first = rows[0]
-    norm = "batch norm" if first.batch_norm else "no normalization"
-    axes.set_xlabel("accuracy on held-out images, %")
+    errors: dict[str, list[float]] = {}
+    for row in rows:  # on a logarithmic scale no error at all counts as half an image
+        errors.setdefault(row.activation, []).append(100 * max(1 - row.test_accuracy, 0.5 / row.test_images))
+    order = sorted(errors, key=lambda name: -statistics.fmean(errors[name]))
+    drawing, axes = plt.subplots(figsize=(7, 0.8 + 0.26 * len(order)), layout="constrained")
+    for y, name in enumerate(order):
+        axes.plot(errors[name], [y] * len(errors[name]), "o", color="tab:blue", alpha=0.45, markersize=5)
+        axes.plot(statistics.fmean(errors[name]), y, "|", color="black", markersize=14, markeredgewidth=1.6)
+    axes.set_yticks(range(len(order)), order)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.grid(axis="x", alpha=0.3)
+    norm = "batch normalization" if first.batch_norm else "no normalization"
+    axes.set_xlabel("error on held-out images, %")
     axes.set_title(
         f"{first.data}, {first.train_images} training images, {first.epochs} epochs, {norm}", fontsize=10
     )
-    figure_.savefig(path, dpi=110)
-    plt.close(figure_)
+    drawing.savefig(path, dpi=110)
+    plt.close(drawing)
 
 
 # ------------------------------------------------------------------------------------------------------- main
