@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import importlib
 import importlib.util
 import inspect
@@ -560,6 +561,18 @@ def test_the_words_of_timm(real_timm):
         torch.testing.assert_close(y, real_timm.get_act_fn(name)(x.clone()), rtol=2e-6, atol=2e-6)
     assert ours.get_act_layer("tanhexp")().name == "tanhexp"
     assert "tanhexp" in ours.list_activations("*exp*")
+
+
+@rows(
+    "where", ["nn.activation", "nn.activation_from", "compat.timm", "compat.transformers", "swap", "registry"]
+)
+def test_examples_of_docstrings(where):
+    if where == "compat.transformers":
+        pytest.importorskip("transformers")
+    module = importlib.import_module(f"torchlin.{where}")
+    found = doctest.testmod(module)
+    assert found.attempted
+    assert not found.failed
 
 
 def test_overwriting_modules_train():
