@@ -487,6 +487,30 @@ def test_no_compiler(nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert activation_from_formula(FORMULA, "no_compiler", compile=False).why_not == "compile=False"
 
 
+def test_no_cpu_library(nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "ops", list)
+    for formula in (FORMULA, "x*tanh(softplus(x))"):
+        with pytest.warns(
+            RuntimeWarning, match="pure-torch reference: torchlin's CPU library has no activations"
+        ):
+            f = activation_from_formula(formula)
+        assert f.kernel is None
+        assert "CPU library" in f.why_not
+
+
+@needs_compiler
+def test_library_that_is_older_than_the_headers(
+    nothing_loaded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a source tree, between an edit and a build."""
+    folder = tmp_path / "csrc"
+    (folder / "simd").mkdir(parents=True)
+    (folder / "simd" / "simd.h").touch()
+    monkeypatch.setattr(_compile, "headers", lambda: folder)
+    with pytest.raises(_compile.CompileError, match=r"simd.h is newer than _C.*so: build it first"):
+        activation_from_formula(FORMULA, compile=True)
+
+
 COMPILERS = {  # what follows `for --version`, and for a source
     "says no": (
         "exit 0",

@@ -152,23 +152,21 @@ class FormulaActivation:
 
     def _load(self, compile: bool | str) -> None:
         kernel = kernels.kernel_of(self._row)
-        if "cpu" not in kernels.devices(kernel):
-            if compile is False:
-                self.why_not = "compile=False"
-                return
-            kernels.loaded(kernel)
+        if compile is False and not kernels.devices(kernel):
+            self.why_not = "compile=False"
+            return
+        kernels.loaded(kernel)
+        try:
+            activation_kernel.load(kernel)
+            self.kernel = kernel.name
+        except CompileError as error:
+            if compile is True:
+                raise
+            self.why_not = str(error)
+            message = f"{self.name} runs its slower pure-torch reference: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        finally:
             forget()
-            try:
-                activation_kernel.load(kernel)
-            except CompileError as error:
-                if compile is True:
-                    raise
-                self.why_not = str(error)
-                message = f"{self.name} runs its slower pure-torch reference: {error}"
-                warnings.warn(message, RuntimeWarning, stacklevel=3)
-                return
-            forget()
-        self.kernel = kernel.name
 
 
 def _again(

@@ -12,7 +12,7 @@ from torchlin import _compile, _library, _nvrtc
 from torchlin._compile import CompileError
 from torchlin.catalogue.cpp_code import shard
 from torchlin.catalogue.formula import written_out
-from torchlin.catalogue.kernels import Kernel, loaded, with_id
+from torchlin.catalogue.kernels import Kernel, devices, loaded, with_id
 from torchlin.ops.activation_forms import traced_constant
 
 _raw: Any = torch.ops.torchlin
@@ -44,14 +44,17 @@ KERNEL(backward_slots)(const __grid_constant__ SumArguments s) { run_with_sums<K
 
 
 def load(kernel: Kernel) -> None:
-    """Compiles a kernel for the CPU, or finds it in the cache, and hands it to the compiled library.
+    """Compiles a kernel for the CPU, or finds it in the cache, and hands it to the compiled library, which may have it.
 
     Raises:
         CompileError: why that cannot be.
     """
     if "_activation_load" not in _library.ops():
         raise CompileError(_library.status()["cpu"].reason or "torchlin's CPU library has no activations")
+    if "cpu" in devices(kernel):
+        return
     _check(kernel)
+    _check_build()
     path = compiled(kernel)
     try:
         ids = _raw._activation_load(str(path))
@@ -75,6 +78,18 @@ def _check(kernel: Kernel) -> None:
     ):
         if count > most:
             raise CompileError(f"the formula has {count} {what}, more than {most}")
+
+
+def _check_build() -> None:
+    """In a source tree headers can be newer than the library, and then the two may not agree on what they hand over."""
+    folder, library = _compile.headers(), _library.status()["cpu"].path
+    if library is None or library.parent in folder.parents:  # of an installed package: made together
+        return
+    built = library.stat().st_mtime
+    for pattern in ("activation/kernel*.h", "activation/reductions.h", "simd/*.h"):
+        for header in folder.glob(pattern):
+            if header.stat().st_mtime > built:
+                raise CompileError(f"{header} is newer than {library.name}: build it first")
 
 
 # -------------------------------------------------------------------------------------------------------------- CUDA
