@@ -356,6 +356,8 @@ def test_pickled_module_brings_its_formula_along(tmp_path: Path, cache: Path) ->
     )
     assert copy.deepcopy(model)[1].name == "carried"
     assert pickle.loads(pickle.dumps(f)).formula == f.formula
+    plain = activation_from_formula("x*erf(x) - 1", compile=False)
+    assert pickle.loads(pickle.dumps(plain)).why_not == "compile=False"
     x = torch.randn(2, 3)
     torch.save((model, x, model(x)), tmp_path / "model.pt")
     script = f"""

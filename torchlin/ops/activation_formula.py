@@ -82,7 +82,7 @@ def activation_from_formula(
     tensors = _input_names(inputs)
     key = _name(name) if name is not None else _content_name(formula, texts, tensors)
     row = _row(key, formula, texts, tensors)
-    made = FormulaActivation(row, name is not None, texts)
+    made = FormulaActivation(row, name is not None, texts, "auto" if compile else False)
     with _lock:
         new = _is_new(row, name is not None, overwrite)
         made._load(compile)
@@ -103,8 +103,10 @@ class FormulaActivation:
             pure-torch reference; then `why_not` says why.
     """
 
-    def __init__(self, row: Activation, named: bool, parameters: Mapping[str, str]) -> None:
-        self._row, self._named, self._texts = row, named, dict(parameters)
+    def __init__(
+        self, row: Activation, named: bool, parameters: Mapping[str, str], compile: bool | str
+    ) -> None:
+        self._row, self._named, self._texts, self._compile = row, named, dict(parameters), compile
         self.kernel: str | None = None
         self.why_not = ""
 
@@ -145,7 +147,7 @@ class FormulaActivation:
 
     def __reduce__(self) -> tuple[Any, ...]:
         name = self.name if self._named else None
-        return _again, (self.formula, name, self._texts, self.inputs)
+        return _again, (self.formula, name, self._texts, self.inputs, self._compile)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FormulaActivation:
         return self  # nothing in it changes
@@ -170,9 +172,13 @@ class FormulaActivation:
 
 
 def _again(
-    formula: str, name: str | None, parameters: dict[str, Default], inputs: tuple[str, ...]
+    formula: str,
+    name: str | None,
+    parameters: dict[str, Default],
+    inputs: tuple[str, ...],
+    compile: bool | str,
 ) -> FormulaActivation:
-    return activation_from_formula(formula, name, parameters=parameters, inputs=inputs)
+    return activation_from_formula(formula, name, parameters=parameters, inputs=inputs, compile=compile)
 
 
 # ------------------------------------------------------------------------------------------------------------ names
