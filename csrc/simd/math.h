@@ -264,7 +264,7 @@ TORCHLIN_INLINE F quarter(Exponential e) {  // cosh overflows later than exp
 // takes as long as a hundred instructions.
 constexpr float kNormal = -87.3365f, kSubnormal = -104.0f;
 template <class... Low>
-TORCHLIN_INLINE F exp_core(F x, float zero, Low... low) {
+TORCHLIN_INLINE F exp_core(F x, [[maybe_unused]] float zero, Low... low) {
 #if TORCHLIN_ISA_BYTES == 64
   const Exponential e = exponential(x, low...);
   const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(zero), _CMP_NLT_UQ);
@@ -493,11 +493,10 @@ TORCHLIN_INLINE Pair<F> asinh_pair(F u) {
 
 // exp(-b^2 c) (0 where exp_core says) without the rounding error of b^2, which would be 100 units of the result; c is 1 or 1/2.
 TORCHLIN_INLINE F exp_minus_square(F b, float c, float zero) {
-  const F scale = b * -c;
 #if TORCHLIN_NO_FMA
   const F upper = (F)((I)b & ~0xfff), x = upper * upper * -c, low = (b - upper) * (b + upper) * -c;
 #else
-  const F x = scale * b, low = fma(scale, b, -x);
+  const F scale = b * -c, x = scale * b, low = fma(scale, b, -x);
 #endif
   return exp_core(x, zero, low);
 }

@@ -114,8 +114,10 @@ TORCHLIN_INLINE void store(f16* p, V<float> v) {
 
 TORCHLIN_INLINE V<float> load(const bf16* p) {
 #if TORCHLIN_ISA_BYTES == 64
-  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (V<float>)_mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, h), 16);
+  // Each to the upper half of its place by one shuffle.
+  const __m512i h = _mm512_maskz_broadcast_i64x4(0xff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const V<int32_t> place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (V<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, (__m512i)(place << 16), h);
 #elif TORCHLIN_ISA_BYTES == 32
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return (V<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
@@ -126,15 +128,17 @@ TORCHLIN_INLINE V<float> load(const bf16* p) {
 #endif
 }
 
-// Round to nearest even. A NaN is set to all ones, also a NaN, where rounding could have carried it over into a number.
+// Round to nearest even. A NaN is made quiet or set to all ones, also a NaN, where rounding could have carried it over into a
+// number.
 TORCHLIN_INLINE void store(bf16* p, V<float> v) {
 #if TORCHLIN_ISA_BYTES == 64
-  const __m512i u = (__m512i)v;
-  const __m512i odd = _mm512_maskz_set1_epi32(_mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000)), 1);
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-  const __m512i bits = _mm512_mask_set1_epi32(rounded, nan, -1);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(kAll, _mm512_srli_epi32(bits, 16)));
+  const V<uint32_t> u = (V<uint32_t>)v, rounded = (u + 0x7fff) + ((u >> 16) & 1);
+  const __m512i quiet_nan = _mm512_set1_epi32(0x22);  // a number stays, either NaN becomes its quiet self
+  const __m512 bits = _mm512_fixupimm_ps((__m512)rounded, (__m512)v, quiet_nan, 0);
+  const V<int32_t> place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const __m512i odd = (__m512i)((place << 18 | 0x30000) | (place << 2 | 1));
+  const __m512i upper = _mm512_maskz_permutexvar_epi16(0xffffffffu, odd, (__m512i)bits);
+  std::memcpy(p, &upper, 32);
 #else
   const V<uint32_t> u = (V<uint32_t>)v;
   const V<uint32_t> bits = ((u + 0x7fff + ((u >> 16) & 1)) | (V<uint32_t>)(v != v)) >> 16;
