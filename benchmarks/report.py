@@ -238,7 +238,11 @@ def trained(results: Path) -> list[str]:
         )
         timed = [time for time in times if time.size == first.size and time.machine == first.machine]
         last = max((time.date for time in timed), default="")
-        table = _table(TRAINED_COLUMNS, lines(rows, [time for time in timed if time.date == last]))
+        heads, *cells = (
+            [cell for column, cell in zip(TRAINED_COLUMNS, line, strict=True) if not column.startswith("ms ")]
+            for line in (TRAINED_COLUMNS, *lines(rows, [time for time in timed if time.date == last]))
+        )  # only relations are quoted
+        table = _table(heads, cells)
         parts.append(f"{heading}\n\n{table}")
     return parts
 
