@@ -557,60 +557,48 @@ TORCHLIN_INLINE Pair<F> erf_pair(F u) {
 
 // ---- trigonometry ----
 
-struct SinCos {
-  F sin, cos;
-};
-
 // Where reduction in float no longer holds: beyond, and for infinities, libm.
 constexpr float kTrigLimit = 8192.0f;
-__attribute__((noinline)) inline SinCos sin_cos_far(F u) {
-  SinCos out;
+template <bool kCosine>
+__attribute__((noinline)) inline F sine_far(F u) {
+  F v;
   for (int i = 0; i < kLanes<float>; ++i) {
-    out.sin[i] = static_cast<float>(std::sin(static_cast<double>(u[i])));
-    out.cos[i] = static_cast<float>(std::cos(static_cast<double>(u[i])));
+    const double x = u[i];
+    v[i] = static_cast<float>(kCosine ? std::cos(x) : std::sin(x));
   }
-  return out;
+  return v;
 }
 
-TORCHLIN_INLINE SinCos sin_cos(F u) {
-  if (any(abs(u) > kTrigLimit)) return sin_cos_far(u);
-  constexpr float kMagic = 12582912.0f;
-  const F sum = u * 0.6366197723675814f + kMagic, n = sum - kMagic;
-  const I quadrant = (I)sum;
+// sin u or cos u = (-1)^k sin r with r = u - n pi, |r| <= pi/2, where n is k or k - 1/2.
+template <bool kCosine>
+TORCHLIN_INLINE F sine(F u) {
+  if (any(abs(u) > kTrigLimit)) return sine_far<kCosine>(u);
+  constexpr float kMagic = 12582912.0f, kShift = kCosine ? 0.5f : 0.0f;
+  const F sum = (u * 0.3183098861837907f + kShift) + kMagic, n = (sum - kMagic) - kShift;
 #if TORCHLIN_NO_FMA
-  // No FMA, so n times a part of pi/2 would not be exact: in double.
+  // No FMA, so n times a part of pi would not be exact: in double.
   const Wide wide = __builtin_convertvector(n, Wide);
   const F r = __builtin_convertvector(
-      __builtin_convertvector(u, Wide) - wide * 1.5707963267341256 - wide * 6.077100506506192e-11, F);
+      __builtin_convertvector(u, Wide) - wide * 3.1415926534682512 - wide * 1.2154201013012384e-10, F);
 #else
-  // pi/2 in three floats. The first difference is exact, since u and n times the first part are close.
-  F r = fma(n, splat(-0x1.921fb6p+0f), u);
-  r = fma(n, splat(0x1.777a5cp-25f), r);
-  r = fma(n, splat(0x1.ee59dap-50f), r);
+  // pi in three floats. The first difference is exact, since u and n times the first part are close.
+  F r = fma(n, splat(-0x1.921fb6p+1f), u);
+  r = fma(n, splat(0x1.777a5cp-24f), r);
+  r = fma(n, splat(0x1.ee59dap-49f), r);
 #endif
+  // sin r = r + r z S(z): 6e-9
   const F z = r * r;
-  // sin r = r + r z S(z): 4e-9; cos r = 1 - z/2 + z^2 C(z): 1e-10; |r| <= pi/4
-  const F sin = r * (z * poly(z, -1.666665524e-01f, 8.332184516e-03f, -1.951720624e-04f)) + r;
-  const F cos = (z * z) * poly(z, 4.166664556e-02f, -1.388730831e-03f, 2.443202720e-05f) + (1.0f - 0.5f * z);
-  const I odd = -(quadrant & 1);
-  const F s = odd ? cos : sin, c = odd ? sin : cos;
-  return {(F)((I)s ^ ((quadrant & 2) << 30)), (F)((I)c ^ (((quadrant + 1) & 2) << 30))};
+  const F v = r * (z * poly(z, -1.666665971e-01f, 8.333069272e-03f, -1.980976813e-04f, 2.606053386e-06f)) + r;
+  return (F)((I)v ^ ((I)sum << 31));
 }
-TORCHLIN_INLINE Pair<F> sin_pair(F u) {
-  const SinCos both = sin_cos(u);
-  return {u == 0.0f ? u : both.sin, both.cos};
-}
-TORCHLIN_INLINE Pair<F> cos_pair(F u) {
-  const SinCos both = sin_cos(u);
-  return {both.cos, -both.sin};
-}
+TORCHLIN_INLINE Pair<F> sin_pair(F u) { return {u == 0.0f ? u : sine<false>(u), sine<true>(u)}; }
+TORCHLIN_INLINE Pair<F> cos_pair(F u) { return {sine<true>(u), -sine<false>(u)}; }
 TORCHLIN_INLINE Pair<F> sinc_pair(F u) {
-  const SinCos both = sin_cos(u);
   const I zero = u == 0.0f;
-  const F x = zero ? splat(1.0f) : u, v = zero ? splat(1.0f) : both.sin / x;
+  const F x = zero ? splat(1.0f) : u, v = zero ? splat(1.0f) : sine<false>(u) / x;
   // (cos u - sinc u)/u cancels near 0: its series, with an error of 3e-8 at 1
   const F z = u * u, near = u * poly(z, -1.0f / 3, 1.0f / 30, -1.0f / 840, 1.0f / 45360, -1.0f / 3991680);
-  return {v, abs(u) < 1.0f ? near : (both.cos - v) / x};
+  return {v, abs(u) < 1.0f ? near : (sine<true>(u) - v) / x};
 }
 
 TORCHLIN_INLINE Pair<F> atan_pair(F u) {
