@@ -239,7 +239,7 @@ def mean_and_deviation(accuracies: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(accuracies):.2f}{deviation}"
 
 
-COLUMNS = ("function", "test accuracy, %", "ms an epoch", "over ReLU's", "torch's own over ours")
+COLUMNS = ("function", "test accuracy, %", "ms an epoch", "epoch over ReLU's", "torch's own over ours")
 
 
 def lines(rows: Sequence[Trained], times: Sequence[Row]) -> list[list[str]]:
