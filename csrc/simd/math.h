@@ -99,6 +99,20 @@ TORCHLIN_INLINE F most(F a, F b) {
 TORCHLIN_INLINE D least(D a, D b) { return a < b ? a : b; }
 TORCHLIN_INLINE D most(D a, D b) { return a > b ? a : b; }
 
+#if TORCHLIN_ISA_BYTES == 64
+TORCHLIN_INLINE __mmask16 below(F a, float end) {  // NaN is below
+  return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(end), _CMP_NGE_UQ);
+}
+#endif
+// a b, and 0 for c >= end where a level has masks.
+TORCHLIN_INLINE F product_below(F a, F b, [[maybe_unused]] F c, [[maybe_unused]] float end) {
+#if TORCHLIN_ISA_BYTES == 64
+  return (F)_mm512_maskz_mul_ps(below(c, end), (__m512)a, (__m512)b);
+#else
+  return a * b;
+#endif
+}
+
 TORCHLIN_INLINE bool any(I mask) {
 #if TORCHLIN_ISA_BYTES == 64
   return _mm512_movepi32_mask((__m512i)mask) != 0;
@@ -195,8 +209,14 @@ TORCHLIN_INLINE F lookup16(const float (&table)[16], I index) {
   return (F)_mm256_blendv_ps(low, _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), (__m256i)index), (__m256)(index << 28));
 #endif
 }
-template <int N>
-TORCHLIN_INLINE F piecewise(const float (&c)[N][kPieces], I index, F r) {
+#if TORCHLIN_ISA_BYTES == 64
+TORCHLIN_INLINE F lookup(const float (&table)[32], I index) {
+  const __m512 low = _mm512_load_ps(table), high = _mm512_load_ps(table + 16);
+  return (F)_mm512_maskz_permutex2var_ps(kAll, low, (__m512i)index, high);
+}
+#endif
+template <int N, int Pieces>
+TORCHLIN_INLINE F piecewise(const float (&c)[N][Pieces], I index, F r) {
   F p{};
   unroll<N>([&](int k) { p = p * r + lookup(c[N - 1 - k], index); });
   return p;
@@ -240,17 +260,17 @@ TORCHLIN_INLINE Exponential times_power(F r, F sum) {
   return {(r * q + 1.0f) * (F)((127 << 23) + (((I)sum & 1) << 23)), (F)((I)sum << 22 & INT32_MIN >> 8)};
 #endif
 }
+constexpr float kExpUnit = TORCHLIN_ISA_BYTES == 32 ? 2.0f : 1.0f;  // of n
 template <class... Low>
 TORCHLIN_INLINE Exponential exponential(F x, Low... low) {
-  constexpr float kUnit = TORCHLIN_ISA_BYTES == 32 ? 2.0f : 1.0f;  // of n
 #if TORCHLIN_NO_FMA
-  constexpr float kHigh = 0.693115234375f, kLow = 3.1946335e-05f;  // n times the first is exact
+  constexpr float kHigh = 0.693115234375f, kLow = 3.1946185e-05f;  // n times the first is exact
 #else
   constexpr float kHigh = 0.6931471825f, kLow = -1.904654323e-09f;
 #endif
-  const F sum = x * (1.4426950408889634f / kUnit) + kExpMagic, n = sum - kExpMagic;
-  const F r = x - n * (kHigh * kUnit);
-  return times_power(((r - n * (kLow * kUnit)) + ... + low), sum);
+  const F sum = x * (1.4426950408889634f / kExpUnit) + kExpMagic, n = sum - kExpMagic;
+  const F r = x - n * (kHigh * kExpUnit);
+  return times_power(((r - n * (kLow * kExpUnit)) + ... + low), sum);
 }
 TORCHLIN_INLINE F quarter(Exponential e) {  // cosh overflows later than exp
 #if TORCHLIN_ISA_BYTES == 64
@@ -291,7 +311,7 @@ TORCHLIN_INLINE HalfExpm1 half_expm1(F x) {
   constexpr float kMagic = 12582912.0f + 126.0f;
   const F sum = (kNonnegative ? x * 1.4426950408889634f - 0.25f : x * 1.4426950408889634f) + kMagic, n = sum - kMagic;
   F r = x - n * 0.693115234375f;
-  r = r - n * 3.1946335e-05f;
+  r = r - n * 3.1946185e-05f;
   // expm1(r) = r + r^2 G(r), |r| <= 0.348: 4e-9; -0.18 <= r <= 0.53: 5e-10
   const F g = kNonnegative ? poly(r, 5.000000000e-01f, 1.666666567e-01f, 4.166700318e-02f, 8.333104663e-03f,
                                   1.379437046e-03f, 2.288595133e-04f)
@@ -319,7 +339,7 @@ TORCHLIN_INLINE Pair<F> tanh_pair(F u) {
   constexpr float kMagic = 12582912.0f + 127.0f;
   const F sum = a * -2.8853900817779268f + kMagic, n = sum - kMagic;
   F r = n * 0.3465576171875f + a;  // half of ln 2 in two parts
-  r = n * 1.59731675e-05f + r;
+  r = n * 1.59730925e-05f + r;
   // 1 - exp(-2 r), |r| <= 0.174: 1e-8
   const F q = r * poly(r, 2.0f, -1.99999988f, 1.33332360f, -6.66678965e-01f, 2.67726481e-01f, -8.87738764e-02f);
   const F s = (F)((I)sum << 23), minus = s * q + (1.0f - s), d = 2.0f - minus, y = 1.0f / d;
@@ -404,7 +424,7 @@ TORCHLIN_INLINE F log_of_parts(F k, F f) {
   // log(1 + f) = f + f^2 R(f): 1e-8
   const F r = poly(f, -5.000000000e-01f, 3.333321214e-01f, -2.499983162e-01f, 2.001057714e-01f, -1.667896211e-01f,
                    1.400353312e-01f, -1.220517159e-01f, 1.399444193e-01f, -1.280185133e-01f);
-  return k * 0.693115234375f + (f * (f * r) + (k * 3.1946335e-05f + f));
+  return k * 0.693115234375f + (f * (f * r) + (k * 3.1946185e-05f + f));
 }
 constexpr int32_t kTwoThirds = 0x3f2aaaab;  // the bits of 2/3: [2/3, 4/3) has exponent 0
 
@@ -491,27 +511,39 @@ TORCHLIN_INLINE Pair<F> asinh_pair(F u) {
 
 // ---- erf, erfc and the normal distribution ----
 
-// exp(-b^2 c) (0 where exp_core says) without the rounding error of b^2, which would be 100 units of the result; c is 1 or 1/2.
-TORCHLIN_INLINE F exp_minus_square(F b, float c, float zero) {
+// exp(-c b^2) for b >= 0, and 0 for b >= end, without the rounding error of b^2, which would be 100 units of the result; c is 1
+// or 1/2, and b no more than 19 or 13 where a level has no masks.
+TORCHLIN_INLINE F exp_minus_square(F b, float c, [[maybe_unused]] float end) {
 #if TORCHLIN_NO_FMA
-  const F upper = (F)((I)b & ~0xfff), x = upper * upper * -c, low = (b - upper) * (b + upper) * -c;
+  const F upper = (F)((I)b & ~0xfff);
+  return exp_core(upper * upper * -c, kSubnormal, (b - upper) * (b + upper) * -c);
 #else
-  const F scale = b * -c, x = scale * b, low = fma(scale, b, -x);
+  const F scale = b * -c, x = TORCHLIN_ISA_BYTES == 64 ? scale * b : most(splat(-175.5f), scale * b);
+  const F sum = x * (1.4426950408889634f / kExpUnit) + kExpMagic, n = sum - kExpMagic;
+  // n times the first part of ln 2 is exact, and the difference is rounded once.
+  const F r = fma(scale, b, n * (-0.693115234375f * kExpUnit)) - n * (3.1946185e-05f * kExpUnit);
+  const Exponential e = times_power(r, sum);
+#if TORCHLIN_ISA_BYTES == 64
+  return (F)_mm512_maskz_scalef_ps(below(b, end), (__m512)e.p, (__m512)e.s);
+#else
+  return e.p * e.s * e.s;
 #endif
-  return exp_core(x, zero, low);
+#endif
 }
 
 constexpr float kRoot2 = 1.4142135623730951f, kTwoOverRootPi = 1.1283791670955126f, kOneOverRoot2Pi = 0.3989422804014327f;
-constexpr float kTailZero = TORCHLIN_ISA_BYTES == 64 ? 14.9f : 19.0f;  // Phi(-a) is 0 here
 
-// exp(b^2/2) Phi(-b) for b = a or, where kErfc, a sqrt(2); b in [0, 14.4], something between 0 and 1 up to kTailZero.
+// exp(b^2/2) Phi(-b) for b = a or, where kErfc, a sqrt(2); b in [0, 14.4], anything beyond.
 template <bool kErfc = false>
 TORCHLIN_INLINE F normal_tail(F a) {
 #if TORCHLIN_ISA_BYTES >= 32
   // Pieces of equal relative width, found by the leading bits of a + 1.
-  F b = kErfc ? kRoot2 * a : a;
-  if (kTailZero > 15.0f) b = least(splat(14.9f), b);
-  const I index = (I)(b + 1.0f) >> (TORCHLIN_ISA_BYTES == 64 ? 21 : 22);
+  const F b = kErfc ? kRoot2 * a : a;
+#if TORCHLIN_ISA_BYTES == 64
+  const I index = (I)(b + 1.0f) >> 20;
+#else
+  const I index = (I)(least(splat(14.9f), b) + 1.0f) >> 22;
+#endif
   return piecewise(kTail, index, b - lookup(kTailCentre, index));
 #else
   // 1/2 t Q(1 - 6 t), t = 1/(b sqrt(1/2) + 3): 8e-9. An error of t is tripled: t and y are to be right to their last places.
@@ -529,8 +561,12 @@ TORCHLIN_INLINE F normal_tail(F a) {
 #endif
 }
 
+TORCHLIN_INLINE F within(F bound, F a) { return TORCHLIN_ISA_BYTES == 64 ? a : least(bound, a); }
+
 TORCHLIN_INLINE Pair<F> ndtr_pair(F u) {
-  const F a = least(splat(kTailZero), abs(u)), e = exp_minus_square(a, 0.5f, -83.87f), tail = e * normal_tail(a);
+  constexpr float kEnd = 12.951f;
+  const F a = within(splat(19.0f), abs(u)), e = exp_minus_square(a, 0.5f, kEnd);
+  const F tail = product_below(e, normal_tail(a), a, kEnd);
   return {u > 0.0f ? 1.0f - tail : tail, kOneOverRoot2Pi * e};
 }
 // erf a = a + a P(a^2), |a| <= 1: 2e-9
@@ -540,17 +576,17 @@ TORCHLIN_INLINE F erf_small(F a) {
   return a * p + a;
 }
 TORCHLIN_INLINE Pair<F> erfc_pair(F u) {
-  const F a = least(splat(kTailZero / kRoot2), abs(u)), e = exp_minus_square(a, 1.0f, -84.55f), half = e * normal_tail<true>(a);
-  const F far = u < 0.0f ? 2.0f - (half + half) : half + half;
+  constexpr float kEnd = 9.1952f;
+  const F a = within(splat(13.4f), abs(u)), e = exp_minus_square(a, 1.0f, kEnd);
+  const F half = product_below(e, normal_tail<true>(a), a, kEnd), far = u < 0.0f ? 2.0f - (half + half) : half + half;
   return {TORCHLIN_ISA_BYTES == 16 ? where(a < 0.81f, 1.0f - erf_small(u), far) : far, -kTwoOverRootPi * e};
 }
 TORCHLIN_INLINE Pair<F> erf_pair(F u) {
-  const F e = exp_minus_square(least(splat(kTailZero / kRoot2), abs(u)), 1.0f, kNormal);
+  const F a = within(splat(13.4f), abs(u)), e = exp_minus_square(a, 1.0f, 9.3454f);
 #if TORCHLIN_ISA_BYTES >= 32
   const F v = piecewise(kErf, kErfWidth, least(splat(kErfOne), abs(u)));
 #else
-  const F a = least(splat(kTailZero / kRoot2), abs(u)), half = e * normal_tail<true>(a);
-  const F v = a < 1.0f ? erf_small(a) : 1.0f - (half + half);
+  const F half = e * normal_tail<true>(a), v = a < 1.0f ? erf_small(a) : 1.0f - (half + half);
 #endif
   return {with_sign_of(v, u), kTwoOverRootPi * e};
 }
