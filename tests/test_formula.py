@@ -410,6 +410,8 @@ def test_rewrites_come_to_an_end():
     [
         ("0.5*x*(1 + erf(x/sqrt(2)))", "x*ndtr(x)"),
         ("1 - 0.5*erfc(-x/sqrt(2))", "ndtr(-x)"),
+        ("where(x > 0, sin(x), sin(a*x))", "sin(where(x > 0, x, a*x))"),
+        ("where(x > 0, a*expm1(x), 2*expm1(-x))", "where(x > 0, a, 2)*expm1(where(x > 0, x, -x))"),
         ("1/(1 + exp(-x))", "sigmoid(x)"),
         ("x/(1 + a*exp(-b*x))", "x*sigmoid(-log(a) + b*x)"),
         ("exp(-x)*sigmoid(x)", "sigmoid(-x)"),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from .formula import COMPARISONS, REDUCTIONS, Call, Node, Number, Param, call, evaluate, number
+from .formula import COMPARISONS, PRIMITIVES, REDUCTIONS, Call, Node, Number, Param, call, evaluate, number
 
 ZERO, ONE, TWO, HALF = number(0), number(1), number(2), number(0.5)
 # exp(80) = 5.5e34 is finite in float32, and still is when a derivative multiplies it; whatever saturates has
@@ -332,6 +332,22 @@ def compositions(r: Rewriter, n: Call) -> Node | None:
             s = call("sigmoid", u)
             v = _mul(s, _add(TWO, s))
             return _div(v, _add(TWO, v))
+    return None
+
+
+# What costs several times more than choosing its argument.
+_COSTLY = frozenset(PRIMITIVES) - {"where", "max", "min", "clamp", "abs", "sign", "ste"}
+
+
+@rule("where() computes both branches: of two that end in one function it chooses the argument")
+def choice(r: Rewriter, n: Call) -> Node | None:
+    match n:
+        case Call("where", (condition, Call(f, us), Call(g, vs))) if f == g and f in _COSTLY:
+            return call(f, *(call("where", condition, u, v) for u, v in zip(us, vs, strict=True)))
+        case Call("where", (condition, Call("mul", (k, Call(f, us))), Call("mul", (m, Call(g, vs))))):
+            if f == g and f in _COSTLY and not k.varies and not m.varies:
+                chosen = call(f, *(call("where", condition, u, v) for u, v in zip(us, vs, strict=True)))
+                return _mul(call("where", condition, k, m), chosen)
     return None
 
 
