@@ -11,7 +11,7 @@ import torch
 from torchlin import _compile, _library, _nvrtc
 from torchlin._compile import CompileError
 from torchlin.catalogue.cpp_code import shard
-from torchlin.catalogue.formula import written_out
+from torchlin.catalogue.formula import REDUCTIONS, Call, written_out
 from torchlin.catalogue.kernels import Kernel, devices, loaded, with_id
 from torchlin.ops.activation_forms import traced_constant
 
@@ -20,7 +20,7 @@ _raw: Any = torch.ops.torchlin
 # What a compiler takes some seven seconds for; the largest formula of the catalogue has 40 operations, most have ten.
 _MOST_OPERATIONS = 500
 _LONGEST = 20_000  # operations where nothing is shared: the source has the formula in a comment
-_MOST_SLOTS = 31  # the kernel keeps their kinds in the bits of one number
+_MOST_VARIABLES = 31  # which of them a derivative is by is said by the bits of one number
 
 _CPU_SOURCE = """\
 #include "activation/kernel.h"
@@ -71,10 +71,16 @@ def compiled(kernel: Kernel) -> Path:
 
 
 def _check(kernel: Kernel) -> None:
+    parts = list(kernel.body.walk())
+    sums = sum(isinstance(part, Call) and part.op in REDUCTIONS for part in parts)
     for count, what, most in (
-        (sum(1 for _ in kernel.body.walk()), "operations", _MOST_OPERATIONS),
+        (len(parts), "operations", _MOST_OPERATIONS),
         (written_out(kernel.body), "operations where nothing is shared", _LONGEST),
-        (len(kernel.vector_slots), "values that parameters give", _MOST_SLOTS),
+        (
+            len(kernel.inputs) + len(kernel.vector_slots) + sums,
+            "inputs, parameters and sums",
+            _MOST_VARIABLES,
+        ),
     ):
         if count > most:
             raise CompileError(f"the formula has {count} {what}, more than {most}")
