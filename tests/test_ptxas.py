@@ -7,16 +7,27 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from torchlin.catalogue.kernels import kernels as functors
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("kernel", "bits", "mma", "from", "to")
 
-spec = importlib.util.spec_from_file_location("gpu_model", ROOT / "benchmarks" / "gpu_model.py")
-gpu_model = importlib.util.module_from_spec(spec)
-sys.modules["gpu_model"] = gpu_model
-spec.loader.exec_module(gpu_model)
+
+def benchmark(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu_model = benchmark("gpu_model")
+activation_model = benchmark("gpu_model_activation")
 
 pytestmark = pytest.mark.skipif(gpu_model.find_nvcc() is None, reason="no nvcc here")
 
@@ -89,3 +100,52 @@ def test_the_kept_tables_are_of_these_kernels(kernels):
     assert kept == [{name: str(k[name]) for name in ("kernel", "bits", "mma", "from", "to")} for k in kernels]
     with (gpu_model.RESULTS / "hadamard.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(gpu_model.model(kernels))
+
+
+# -------------------------------------------------------------------------------------------------- activations
+
+FEW = ("relu", "gelu", "leaky_relu", "swiglu", "highway_gate", "kaf")
+
+
+@pytest.fixture(scope="module")
+def activations(build_folder) -> list:
+    return activation_model.compile_functors(
+        [functors()[name] for name in FEW], build_folder / "ptxas", "few"
+    )
+
+
+def test_activations_move_in_16_byte_vectors(activations):
+    for kernel in activations:
+        inputs = len(functors()[kernel.functor].inputs) + (kernel.direction != "forward")
+        outputs = 1 if kernel.direction == "forward" else inputs - 1
+        # float is two vectors, 16-bit types are one.
+        assert len(re.findall(r"ld\.global\.v4\.[bu]32", kernel.ptx)) >= 2 * inputs, kernel.functor
+        assert len(re.findall(r"st\.global\.v4\.[bu]32", kernel.ptx)) >= 2 * outputs, kernel.functor
+
+
+def test_activations_do_not_spill(activations):
+    assert {(k.functor, k.direction) for k in activations} >= {(name, "backward") for name in FEW}
+    for kernel in activations:
+        assert kernel.spill_bytes == kernel.stack_bytes == 0, (kernel.functor, kernel.direction)
+        assert kernel.registers <= 64
+
+
+def test_no_functor_of_the_built_library_spills():
+    """The build keeps what ptxas says beside each object, for every architecture it compiles for."""
+    logs = sorted((ROOT / "build").glob("native-*/activation.shard_*.cu.o.ptxas"))
+    if not logs:
+        pytest.skip("_cuda was not built here")
+    for log in logs:
+        spilling = re.findall(r"(?:[1-9]\d* bytes (?:stack frame|spill \w+))", log.read_text())
+        assert not spilling, log.name
+
+
+def test_the_kept_tables_are_of_these_functors():
+    """A change of the functors has to bring its figures along: `python benchmarks/gpu_model_activation.py`."""
+    with (gpu_model.RESULTS / "activation_ptxas_sm90.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["functor"] for row in rows} == set(functors())
+    assert all(row["spill_bytes"] == row["stack_bytes"] == "0" for row in rows)
+    with (gpu_model.RESULTS / "activation.csv").open() as file:
+        modelled = {row["functor"] for row in csv.DictReader(file)}
+    assert modelled == {name for name, k in functors().items() if not any(k.vector_slots)}

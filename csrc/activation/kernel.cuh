@@ -292,16 +292,18 @@ struct Slots {
   TORCHLIN_INLINE int length(int i) const { return a.length[i]; }
 };
 
+template <class T, int i, int N>
+TORCHLIN_INLINE auto input(const float (&v)[N][kPerThread], int k) {
+  if constexpr (tl::is_dual<T>) return tl::Dual<float, T::variables, 1u << i>::variable(v[i][k], i);
+  else return v[i][k];
+}
+
 // f of element k; T says whether with derivatives.
 template <class T, class K, int N, class P>
 TORCHLIN_INLINE T apply(const float (&v)[N][kPerThread], int k, const P& p) {
-  const auto input = [&](int i) {
-    if constexpr (tl::is_dual<T>) return T::variable(v[i][k], i);
-    else return v[i][k];
-  };
-  if constexpr (K::inputs == 1) return K::template f<T>(input(0), p);
-  else if constexpr (K::inputs == 2) return K::template f<T>(input(0), input(1), p);
-  else return K::template f<T>(input(0), input(1), input(2), p);
+  if constexpr (K::inputs == 1) return K::f(input<T, 0>(v, k), p);
+  else if constexpr (K::inputs == 2) return K::f(input<T, 0>(v, k), input<T, 1>(v, k), p);
+  else return K::f(input<T, 0>(v, k), input<T, 1>(v, k), input<T, 2>(v, k), p);
 }
 
 // ---- forward, and backward by the inputs ----
@@ -378,21 +380,30 @@ __host__ __device__ constexpr int variable_of_slot(int i) {
   return at;
 }
 
+// Each variable is a dual number that depends on itself alone.
 template <class K>
 struct VariableSlots : Slots<K> {
   static constexpr int variables = variable_of_slot<K>(K::slots) + K::reductions;
+  template <int i>
+  using Of = tl::Dual<float, variables, 1u << i>;
   using Dual = tl::Dual<float, variables>;
   using Slots<K>::Slots;
 
-  template <class T>
-  TORCHLIN_INLINE Dual arg(int i, int j) const {
-    const float v = this->value(i, j);
-    return K::vectors >> i & 1 ? Dual(v) : Dual::variable(v, variable_of_slot<K>(i));
+  template <int i>
+  TORCHLIN_INLINE auto slot() const {
+    constexpr int at = variable_of_slot<K>(i);
+    return Of<at>::variable(this->value(i, 0), at);
   }
-  template <int k>
-  TORCHLIN_INLINE Dual mark(Dual total) const {
-    total.d[variables - K::reductions + k] += 1.0f;
-    return total;
+  template <int i>
+  TORCHLIN_INLINE float element(int j) const {
+    return this->value(i, j);
+  }
+  template <int k, class Total>
+  TORCHLIN_INLINE auto mark(Total total) const {
+    constexpr int at = variables - K::reductions + k;
+    tl::common<Total, Of<at>> marked(total);
+    marked.d[at] = 1.0f;
+    return marked;
   }
 };
 
@@ -410,8 +421,12 @@ struct CollectingSlots : Slots<K> {
     const int row = this->a.first_row[i] + j - s.first_row;
     if (static_cast<uint32_t>(row) < static_cast<uint32_t>(s.window)) mine[row * kThreads] += g;
   }
-  template <class T>
-  TORCHLIN_INLINE Dual element(int i, int j) const {
+  template <int i>
+  TORCHLIN_INLINE float slot() const {
+    return this->value(i, 0);
+  }
+  template <int i>
+  TORCHLIN_INLINE Dual element(int j) const {
     return Dual::variable(this->value(i, j), i);
   }
   template <int k, int... slots, class Term>
@@ -430,6 +445,10 @@ template <class K>
 inline constexpr Reductions reductions_of<VariableSlots<K>> = Reductions::mark;
 template <class K>
 inline constexpr Reductions reductions_of<CollectingSlots<K>> = Reductions::collect;
+template <class K>
+inline constexpr bool typed_slots<VariableSlots<K>> = true;
+template <class K>
+inline constexpr bool typed_slots<CollectingSlots<K>> = true;
 }  // namespace tl
 
 template <class K>

@@ -9,6 +9,7 @@
 
 #include "activation/kernels.inc"
 #include "activation/launch.h"
+#include "activation/load.h"
 #include "core/op.h"
 #include "core/tensor.h"
 #include "gpu/launch.h"
@@ -36,8 +37,9 @@ const Functor& functor_of(int64_t id) {
     return table;
   }();
   const auto found = all->find(id);
-  TORCHLIN_CHECK(found != all->end(), "activation: no CUDA kernel has id ", id);
-  return *found->second;
+  const Functor* functor = found != all->end() ? found->second : activation::loaded(id);
+  TORCHLIN_CHECK(functor != nullptr, "activation: no CUDA kernel has id ", id);
+  return *functor;
 }
 
 activation::Type type_of(const Tensor& t) {
@@ -116,10 +118,8 @@ struct Request {
   // The stream is the one that torch has made current on the device of the inputs, which has to be current too.
   void run() const {
     const Tensor& x = inputs[0];
-    const int device = x.get_device_index();
     const cudaStream_t stream = current_stream(x);
-    const Plan plan = activation::make_plan(
-        call, static_cast<size_t>(gpu::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)));
+    const Plan plan = activation::make_plan(call, gpu::kDefaultSharedBytes);
     // Freed on return, when the kernels may not have run: the caching allocator hands it out again in stream order only.
     std::optional<Tensor> sums;
     if (plan.sums > 0) {

@@ -2,6 +2,8 @@
 // the default.
 #pragma once
 
+#include <type_traits>
+
 #include "core/cuda.h"
 
 namespace torchlin::gpu {
@@ -14,16 +16,18 @@ inline int device_attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-template <class Kernel, class... Args>
-void launch(cudaStream_t stream, Kernel kernel, dim3 grid, int threads, size_t shared_bytes,
-            const Args&... args) {
+// `kernel` may also be the handle of one that was loaded at run time, which <<<>>> could not launch.
+template <class... Parameters>
+void launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+            const std::common_type_t<Parameters>&... arguments) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > kDefaultSharedBytes) {
-    TORCHLIN_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
+    TORCHLIN_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(shared_bytes)));
   }
-  kernel<<<grid, threads, shared_bytes, stream>>>(args...);
-  TORCHLIN_LAUNCH_CHECK();
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  TORCHLIN_CUDA_CHECK(
+      cudaLaunchKernel(function, grid, dim3(static_cast<unsigned>(threads)), pointers, shared_bytes, stream));
 }
 
 }  // namespace torchlin::gpu

@@ -37,7 +37,21 @@ TORCHLIN_INLINE float reciprocal_root(float u) {
   return v;
 }
 TORCHLIN_INLINE float exponential(float u) { return expf(u); }
+// 2^u within two units, for |u| < 126.
+TORCHLIN_INLINE float exponential2(float u) {
+  float v;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(u));
+  return v;
+}
 TORCHLIN_INLINE float power(float u, float v) { return powf(u, v); }
+// condition ? a : b with both computed: of two long branches a compiler makes jumps, and a warp goes both ways.
+TORCHLIN_INLINE float choose(bool condition, float a, float b) {
+  float v;
+  asm("{.reg .pred p; setp.ne.s32 p, %3, 0; selp.f32 %0, %1, %2, p;}"
+      : "=f"(v)
+      : "f"(a), "f"(b), "r"(static_cast<int>(condition)));
+  return v;
+}
 // NaN if either is.
 TORCHLIN_INLINE float smaller(float a, float b) {
   float v;
@@ -89,7 +103,9 @@ inline float flush(float u) { return std::fabs(u) < 0x1p-126f ? std::copysign(0.
 inline float reciprocal(float u) { return flush(1.0f / flush(u)); }
 inline float reciprocal_root(float u) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(flush(u)))); }
 inline float exponential(float u) { return std::exp(u); }
+inline float exponential2(float u) { return std::exp2(u); }
 inline float power(float u, float v) { return std::pow(u, v); }
+inline float choose(bool condition, float a, float b) { return condition ? a : b; }
 inline float smaller(float a, float b) { return a != a ? a : b != b ? b : a < b ? a : b; }
 inline float larger(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
