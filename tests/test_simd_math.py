@@ -309,6 +309,36 @@ def test_derivatives_of_two_arguments(math_module):
             assert slope("pow_of_constant", abs(x), 0 * x) == [0] * 5
 
 
+def test_several_variables(math_module):
+    """Derivatives by all arguments at once, against autograd."""
+    rng = np.random.default_rng(0)
+    numbers = rng.uniform(0.3, 3, (3, 1001)) * np.where(rng.random((3, 1001)) < 0.5, 1, -1)
+    functions: dict[str, Callable[..., torch.Tensor]] = {
+        "max_of_two": torch.maximum,
+        "min_of_two": torch.minimum,
+        "hypot_of_two": torch.hypot,
+        "pow_of_two": lambda x, y: torch.pow(x, y),
+        "clamp_of_three": lambda x, y, z: torch.minimum(z, torch.maximum(y, x)),
+        "where_of_three": lambda x, y, z: torch.where(x > y, x * y, -z),
+        "arithmetic_of_three": lambda x, y, z: (x - y) / (y * z) + torch.tanh(x * z),
+    }
+    for name, function in functions.items():
+        count = 3 if name.endswith("three") else 2
+        exact = numbers[:count].astype(np.float32).astype(np.float64)
+        if name == "pow_of_two":
+            exact[0] = np.abs(exact[0])
+        x = [torch.from_numpy(v).requires_grad_() for v in exact]
+        y = function(*x)
+        g = slopes(y, x)
+        for level in levels(math_module):
+            for dtype, tolerance in ((np.float32, 3e-6), (np.float64, 1e-12)):
+                f, d = call(math_module, level, name, *exact.astype(dtype))
+                np.testing.assert_allclose(
+                    f, y.detach().numpy(), rtol=tolerance, atol=tolerance, err_msg=name
+                )
+                np.testing.assert_allclose(d, g, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
 # ------------------------------------------------------------------------------------- the catalogue
 
 
@@ -316,10 +346,10 @@ def test_derivatives_of_two_arguments(math_module):
 def functor_module(math_module: ModuleType, build_folder: Path) -> tuple[ModuleType, str]:
     from torchlin.catalogue.cpp_code import write
 
-    level = "avx2" if "avx2" in levels(math_module) else "baseline"
+    level = levels(math_module)[-1]
     folder = build_folder / "simd_functors"
     write(folder, 1)
-    width = 32 if level == "avx2" else 16
+    width = {"baseline": 16, "avx2": 32, "avx512": 64}[level]
     source = NATIVE / "simd_math.cpp"
     return _load(build_folder, folder.name, [source], "-O1", f"-DTORCHLIN_TEST_FUNCTORS={width}"), level
 
@@ -330,30 +360,47 @@ TOLERANCE = 4e-6
 STEEP = {"bipolar_plus": 1e-5, "sbaf": 4e-5, "siren": 5e-4, "finer": 2e-4}
 
 
+def slopes(y: torch.Tensor, x: list[torch.Tensor]) -> list[np.ndarray]:
+    if not y.requires_grad:
+        return [np.zeros(v.shape) for v in x]
+    return [g.numpy() for g in torch.autograd.grad(y.sum(), x, allow_unused=True, materialize_grads=True)]
+
+
 def test_functors_of_the_catalogue(functor_module):
-    """Every functor of one input, in float, against the reference in float64 on [-8, 8]: value and derivative."""
+    """Every functor, in float, against the reference in float64 on [-8, 8]: value and derivatives by inputs."""
     from torchlin.catalogue import catalogue
     from torchlin.catalogue.formula import evaluate
-    from torchlin.catalogue.kernels import plan
+    from torchlin.catalogue.kernels import plan, with_named_slots
     from torchlin.catalogue.torch_code import reference
 
     module, level = functor_module
-    points = (np.linspace(-8, 8, 4001) + 0.00123).astype(np.float32)
+    even = (np.linspace(-8, 8, 4001) + 0.00123).astype(np.float32)
+    shuffled = np.random.default_rng(0).permuted(np.stack([even, even]), axis=1)
     wrong = []
     for a in catalogue().values():
-        if a.graph is None or a.inputs != ("x",):
+        if a.graph is None:
             continue
-        chosen = plan(a.name, False)
-        x = torch.from_numpy(points.astype(np.float64)).requires_grad_()
-        y = reference(a.eval_graph, {"x": x}, a.defaults())
-        g = torch.autograd.grad(y.sum(), x)[0] if y.requires_grad else torch.zeros_like(x)
-        slots = [evaluate(s, a.defaults()) for s in chosen.slots]
-        f, d = call(module, level, f"K_{chosen.kernel.name}", points, slots=slots)
-        for got, want in ((f, y.detach().numpy()), (d, g.numpy())):
-            error = np.abs(got - want) / (1 + np.abs(want))
-            worst = np.nan_to_num(error, nan=np.inf).argmax()
-            if not error[worst] <= STEEP.get(a.name, TOLERANCE):
-                wrong.append(
-                    f"{a.name}: {got[worst]!r} for {want[worst]!r} at {points[worst]!r}: {error[worst]:.1e}"
-                )
+        for training in (False, True) if a.noises else (False,):
+            chosen = plan(a.name, training)
+            names = chosen.kernel.inputs
+            points = dict(zip(names, (even, *shuffled), strict=False))
+            for noise in names[len(a.inputs) :]:
+                points[noise] = np.abs(points[noise]) / 8
+            x = {n: torch.from_numpy(v.astype(np.float64)).requires_grad_() for n, v in points.items()}
+            values = a.defaults()
+            values |= {n.name: [0.5] * len(values[n.like]) for n in a.noises.values() if n.like}
+            slots = [evaluate(s, values) for s in chosen.slots]
+            if training:  # by the kernel's own formula: its noise has another name than the catalogue's
+                named = {f"p{i}": s for i, s in enumerate(slots)}
+                y = reference(with_named_slots(chosen.kernel.body), x, named)
+            else:
+                y = reference(a.eval_graph, x, a.defaults())
+            g = slopes(y, list(x.values()))
+            f, d = call(module, level, f"K_{chosen.kernel.name}", *points.values(), slots=slots)
+            for got, want in ((f, y.detach().numpy()), *zip(np.atleast_2d(d), g, strict=True)):
+                error = np.abs(got - np.asarray(want)) / (1 + np.abs(want))
+                worst = np.nan_to_num(error, nan=np.inf).argmax()
+                if not error[worst] <= STEEP.get(a.name, TOLERANCE):
+                    at = [v[worst] for v in points.values()]
+                    wrong.append(f"{a.name}: {got[worst]!r} for {want[worst]!r} at {at}: {error[worst]:.1e}")
     assert not wrong, "\n".join(wrong)

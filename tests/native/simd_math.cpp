@@ -8,7 +8,7 @@
 
 namespace tests {
 
-// A call: outputs f and d[variable] of n points. Slots hold values[offset[i] .. + size[i]).
+// A call: outputs f and, variable after variable, d of n points. Slots hold values[offset[i] .. + size[i]).
 struct Call {
   int id;
   const void* const* x;
@@ -20,6 +20,11 @@ struct Call {
   void* d;
 };
 
+struct Function {
+  void (*run)(const Call&) = nullptr;
+  int variables = 0;
+};
+
 }  // namespace tests
 
 #define TORCHLIN_KERNEL "simd_math_kernel.h"
@@ -28,8 +33,6 @@ struct Call {
 namespace py = pybind11;
 
 namespace {
-
-using Function = void (*)(const tests::Call&);
 
 bool supported(const std::string& level) {
 #if defined(__x86_64__)
@@ -43,7 +46,7 @@ bool supported(const std::string& level) {
 }
 
 template <class C>
-Function find(const std::string& level, const std::string& name) {
+tests::Function find(const std::string& level, const std::string& name) {
 #if defined(__x86_64__)
   if (level == "avx2") return torchlin::avx2::find<C>(name);
   if (level == "avx512") return torchlin::avx512::find<C>(name);
@@ -51,17 +54,18 @@ Function find(const std::string& level, const std::string& name) {
   return torchlin::baseline::find<C>(name);
 }
 
-// Values and derivatives of function `name`: by its input, or of the second argument for `name@1`.
+// Values of function `name` and its derivatives: n of them by one variable, otherwise [variables, n].
 template <class C>
 py::tuple run(const std::string& level, const std::string& name, const std::vector<py::array_t<C>>& inputs,
               const std::vector<C>& values, const std::vector<int>& offset, const std::vector<int>& size) {
-  const Function function = supported(level) ? find<C>(level, name) : nullptr;
-  if (function == nullptr) throw std::invalid_argument("no " + name + " at " + level);
+  const tests::Function function = supported(level) ? find<C>(level, name) : tests::Function{};
+  if (function.run == nullptr) throw std::invalid_argument("no " + name + " at " + level);
   const py::ssize_t n = inputs.at(0).size();
-  py::array_t<C> f(n), d(n);
+  using Shape = std::vector<py::ssize_t>;
+  py::array_t<C> f(n), d(function.variables == 1 ? Shape{n} : Shape{function.variables, n});
   const void* x[3] = {};
   for (size_t i = 0; i < inputs.size() && i < 3; ++i) x[i] = inputs[i].data();
-  function({0, x, n, values.data(), offset.data(), size.data(), f.mutable_data(), d.mutable_data()});
+  function.run({0, x, n, values.data(), offset.data(), size.data(), f.mutable_data(), d.mutable_data()});
   return py::make_tuple(f, d);
 }
 

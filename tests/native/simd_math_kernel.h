@@ -19,41 +19,50 @@ struct Constants {
   int length(int i) const { return call.size[i]; }
 };
 
-template <class C, class Vec>
-TORCHLIN_INLINE void put(const tests::Call& call, int64_t at, Vec f, tl::Dual<Vec> u) {
-  const int64_t left = call.n - at;
-  const Vec same = (f == u.v) | ((f != f) & (u.v != u.v)) ? u.d[0] : tl::lit<Vec>(-12345.0);
-  store_n(static_cast<C*>(call.f) + at, f, std::min<int64_t>(left, kLanes<C>));
-  store_n(static_cast<C*>(call.d) + at, same, std::min<int64_t>(left, kLanes<C>));
+template <class C, class Vec, int N>
+TORCHLIN_INLINE void put(const tests::Call& call, int64_t at, Vec f, tl::Dual<Vec, N> u) {
+  const int64_t left = std::min<int64_t>(call.n - at, kLanes<C>);
+  store_n(static_cast<C*>(call.f) + at, f, left);
+  for (int i = 0; i < N; ++i) {
+    const Vec same = (f == u.v) | ((f != f) & (u.v != u.v)) ? u.d[i] : tl::lit<Vec>(-12345.0);
+    store_n(static_cast<C*>(call.d) + i * call.n + at, same, left);
+  }
 }
 
 template <class C, class Op>
 void over_points(const tests::Call& call) {
   using Vec = V<C>;
-  using Dual = tl::Dual<Vec>;
+  using Dual = tl::Dual<Vec, Op::variables>;
   const C* x = static_cast<const C*>(call.x[0]);
   const C* y = static_cast<const C*>(call.x[1] ? call.x[1] : call.x[0]);
   const C* z = static_cast<const C*>(call.x[2] ? call.x[2] : call.x[0]);
   for (int64_t at = 0; at < call.n; at += kLanes<C>) {
     const int64_t left = std::min<int64_t>(call.n - at, kLanes<C>);
     const Vec u = load_n(x + at, left), v = load_n(y + at, left), w = load_n(z + at, left);
-    put<C>(call, at, Op::template f<Vec>(u, v, w, Constants<C>{call}),
-           Dual(Op::template f<Dual>(Dual::variable(u), v, w, Constants<C>{call})));
+    const Constants<C> p{call};
+    const auto variable = [](Vec value, int which) {
+      if constexpr (Op::variables > 1) return which < Op::variables ? Dual::variable(value, which) : Dual(value);
+      else return value;
+    };
+    put<C>(call, at, Vec(Op::template f<Vec>(u, v, w, p)),
+           Dual(Op::template f<Dual>(Dual::variable(u), variable(v, 1), variable(w, 2), p)));
   }
 }
 
 template <class K>
 struct Functor {
-  template <class T, class A, class B, class P>
-  TORCHLIN_INLINE static T f(T x, A y, B z, const P& p) {
+  static constexpr int variables = K::inputs;
+  template <class T, class A, class P>
+  TORCHLIN_INLINE static auto f(T x, A y, A z, const P& p) {
     if constexpr (K::inputs == 1) return K::f(x, p);
-    else if constexpr (K::inputs == 2) return K::f(x, T(y), p);
-    else return K::f(x, T(y), T(z), p);
+    else if constexpr (K::inputs == 2) return K::template f<T>(x, y, p);
+    else return K::template f<T>(x, y, z, p);
   }
 };
 
 #define UNARY(name)                                                           \
   struct Of_##name {                                                          \
+    static constexpr int variables = 1;                                       \
     template <class T, class A, class P>                                      \
     TORCHLIN_INLINE static T f(T x, A, A, const P&) {                         \
       return tl::name(x);                                                     \
@@ -63,8 +72,10 @@ TORCHLIN_UNARY_NAMES(UNARY)
 UNARY(abs)
 UNARY(sign)
 #undef UNARY
-#define BINARY(name, expression)                                              \
+#define BINARY(name, expression) OF_VARIABLES(1, name, expression)
+#define OF_VARIABLES(n, name, expression)                                     \
   struct Of_##name {                                                          \
+    static constexpr int variables = n;                                       \
     template <class T, class A, class P>                                      \
     TORCHLIN_INLINE static T f(T x, A y, A z, const P&) {                     \
       (void)z;                                                                \
@@ -82,9 +93,19 @@ BINARY(pow_of_constant, tl::pow(y, x))
 BINARY(where_gt, tl::where(tl::gt(x, y), x * x, z))
 BINARY(ste, tl::ste(tl::sign(x), x * y))
 #undef BINARY
+// Derivatives by all arguments at once.
+OF_VARIABLES(2, max_of_two, tl::max(x, y))
+OF_VARIABLES(2, min_of_two, tl::min(x, y))
+OF_VARIABLES(2, hypot_of_two, tl::hypot(x, y))
+OF_VARIABLES(2, pow_of_two, tl::pow(x, y))
+OF_VARIABLES(3, clamp_of_three, tl::clamp(x, y, z))
+OF_VARIABLES(3, where_of_three, tl::where(tl::gt(x, y), x * y, -z))
+OF_VARIABLES(3, arithmetic_of_three, (x - y) / (y * z) + tl::tanh(x * z))
+#undef OF_VARIABLES
 
 #define TORCHLIN_BINARY_NAMES(X) \
-  X(max) X(max_of_constant) X(min) X(min_of_constant) X(clamp) X(hypot) X(pow) X(pow_of_constant) X(where_gt) X(ste)
+  X(max) X(max_of_constant) X(min) X(min_of_constant) X(clamp) X(hypot) X(pow) X(pow_of_constant) X(where_gt) X(ste) \
+  X(max_of_two) X(min_of_two) X(hypot_of_two) X(pow_of_two) X(clamp_of_three) X(where_of_three) X(arithmetic_of_three)
 
 #if TORCHLIN_ISA_BYTES == TORCHLIN_TEST_FUNCTORS
 #include "kernels.inc"
@@ -92,9 +113,9 @@ BINARY(ste, tl::ste(tl::sign(x), x * y))
 #endif
 
 template <class C>
-void (*find(const std::string& name))(const tests::Call&) {
+tests::Function find(const std::string& name) {
 #define CASE(label) \
-  if (name == #label) return over_points<C, Of_##label>;
+  if (name == #label) return {over_points<C, Of_##label>, Of_##label::variables};
   TORCHLIN_UNARY_NAMES(CASE)
   TORCHLIN_BINARY_NAMES(CASE)
   CASE(abs)
@@ -102,12 +123,12 @@ void (*find(const std::string& name))(const tests::Call&) {
 #undef CASE
 #if TORCHLIN_ISA_BYTES == TORCHLIN_TEST_FUNCTORS
 #define CASE(K, label, id, inputs, slots) \
-  if (name == "K_" label) return over_points<C, Functor<K>>;
+  if (name == "K_" label) return {over_points<C, Functor<K>>, Functor<K>::variables};
   if constexpr (std::is_same_v<C, float>) {
     TORCHLIN_KERNELS(CASE)
   }
 #undef CASE
 #endif
-  return nullptr;
+  return {};
 }
 #undef TORCHLIN_BINARY_NAMES
