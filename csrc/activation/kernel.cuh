@@ -571,8 +571,9 @@ template <class K>
 __global__ void __launch_bounds__(kThreads) backward(const __grid_constant__ Arguments a) {
   run<K, true>(a);
 }
+// Told how many blocks are to fit, ptxas does not spill to make more of them fit.
 template <class K>
-__global__ void __launch_bounds__(kThreads) backward_slots(const __grid_constant__ SumArguments s) {
+__global__ void __launch_bounds__(kThreads, 6) backward_slots(const __grid_constant__ SumArguments s) {
   run_with_sums<K>(s);
 }
 
