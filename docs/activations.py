@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -33,6 +34,8 @@ WIDTH, HEIGHT = 160, 120  # pixels of a window
 PANEL = (172, 156)  # with its title and border
 LEFT, TOP = 6, 26  # of the window in its panel
 UNIT = 10  # coordinates in a pixel
+
+Drawn: TypeAlias = tuple[Activation, Picture]
 
 STYLE = """
 text{font:10px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;fill:#8b949e}
@@ -112,9 +115,10 @@ def gallery() -> dict[str, str]:
         sheets = _even(rows, COLUMNS * ROWS)
         for i, some in enumerate(sheets):
             name = f"{FOLDER}/{anchor}{f'-{i + 1}' if len(sheets) > 1 else ''}.svg"
-            files[name] = sheet(some)
+            drawn = [(a, picture(a)) for a in some]
+            files[name] = sheet(drawn)
             names = ", ".join(a.name for a in some)
-            sections.append(f"![{names}]({name})\n\n{table(some)}\n")
+            sections.append(f"![{names}]({name})\n\n{table(drawn)}\n")
     from torchlin.catalogue.kernels import kernels
 
     everything = catalogue().values()
@@ -149,14 +153,14 @@ def _even(rows: list[Activation], most: int) -> list[list[Activation]]:
 # ------------------------------------------------------------------------------------------------------ drawing
 
 
-def sheet(rows: list[Activation]) -> str:
+def sheet(rows: list[Drawn]) -> str:
     """An SVG file of panels, one for each activation."""
     across, down = min(COLUMNS, len(rows)), math.ceil(len(rows) / COLUMNS)
     width, height = across * (PANEL[0] + 4) - 4 + 2, down * (PANEL[1] + 4) - 4 + 2
     panels = []
-    for i, activation in enumerate(rows):
+    for i, drawn in enumerate(rows):
         x, y = 1 + i % COLUMNS * (PANEL[0] + 4), 1 + i // COLUMNS * (PANEL[1] + 4)
-        panels.append(f'<g transform="translate({x} {y})">{panel(activation)}</g>')
+        panels.append(f'<g transform="translate({x} {y})">{panel(*drawn)}</g>')
     box = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {box}>\n<style>{STYLE}</style>\n'
@@ -165,8 +169,7 @@ def sheet(rows: list[Activation]) -> str:
     )
 
 
-def panel(activation: Activation) -> str:
-    p = picture(activation)
+def panel(activation: Activation, p: Picture) -> str:
     grid, labels = _grid(p)
     paths = [("g", grid), ("a", _axes(p))]
     paths += [(role[0], _path(p, p.pieces(role))) for role in ("other", "derivative", "f")]
@@ -258,12 +261,12 @@ def _thin(points: list[tuple[int, int]], tolerance: float = 2.5) -> list[tuple[i
 # ------------------------------------------------------------------------------------------------------- tables
 
 
-def table(rows: list[Activation]) -> str:
+def table(rows: list[Drawn]) -> str:
     lines = ["| name | formula | parameters | source | checked |", "|---|---|---|---|---|"]
-    return "\n".join([*lines, *map(row, rows)])
+    return "\n".join([*lines, *(row(*drawn) for drawn in rows)])
 
 
-def row(a: Activation) -> str:
+def row(a: Activation, p: Picture) -> str:
     name = f'<a id="{a.name}"></a>**{a.name}**'
     if _plain(a.display) != _plain(a.name):
         name += f"<br>{a.display}"
@@ -284,23 +287,22 @@ def _plain(name: str) -> str:
     return re.sub(r"\W|_", "", name.lower())
 
 
-def _formula(a: Activation) -> str:
+def _formula(a: Activation, p: Picture) -> str:
     if a.same_as:
         parts = [f"`{a.graph}`"]
     elif a.formula:
         parts = [f"`{line}`" for line in show.formula(a)]
     else:
         parts = []
-    caption = picture(a).caption
-    if caption:
-        parts.append(f"*Picture {caption}.*")
+    if p.caption:
+        parts.append(f"*Picture: {p.caption}.*")
     if a.note:
         parts.append(a.note)
     if same := show.relatives(a):
         parts.append("= " + ", ".join(map(_link, same)))
     known = {other.name for other in same}
-    if equal := [catalogue()[n] for n in show.equal_by_default(a.name) if n not in known]:
-        parts.append("≐ " + ", ".join(map(_link, equal)))
+    if equal := [n for n in show.equal_by_default(a.name) if n not in known]:
+        parts.append("≐ " + ", ".join(f"[{n}](#{n})" for n in equal))
     return "<br>".join(parts)
 
 

@@ -75,9 +75,9 @@ def picture(
         )
     values = activation.defaults() | dict(parameters or {})
     if activation.graph is None:
-        from torchlin import _composed_curves
+        from torchlin import _curves_composed
 
-        axis, caption, main, others = _composed_curves.functions(activation, values)
+        axis, caption, main, others = _curves_composed.functions(activation, values)
     elif len(activation.inputs) > 1:
         axis, caption, main, others = _of_several_inputs(activation, values)
     else:

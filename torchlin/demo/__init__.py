@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 STOPS = {
+    "activations": "SmolLM2-135M, its SiLU swapped by name: the same logits, its time before and after",
     "rotate": "SmolLM2-135M, its residual stream rotated by a Hadamard transform of order 576",
 }
 
