@@ -497,8 +497,15 @@ TORCHLIN_INLINE F hypot(F k, F u) {
   I e = (I)larger & 0x7f800000;
   e = e > (252 << 23) ? I{} + (252 << 23) : e;
   e = e < (1 << 23) ? I{} + (1 << 23) : e;
-  const F down = (F)((254 << 23) - e), up = (F)e, x = a * down, y = b * down;
-  return root(x * x + y * y) * up;
+  const F down = (F)((254 << 23) - e), up = (F)e, x = a * down, y = b * down, z = x * x + y * y;
+#if TORCHLIN_ISA_BYTES == 64
+  // The instruction for roots takes longer than the rest; 0 and infinity come back by the scale.
+  const F safe = least(splat(0x1p100f), most(splat(0x1p-100f), z));
+  const F inverse = (F)_mm512_maskz_rsqrt14_ps(kAll, (__m512)safe), near = safe * inverse;
+  return fma(fma(-near, near, safe), 0.5f * inverse, near) * up;
+#else
+  return root(z) * up;
+#endif
 }
 
 TORCHLIN_INLINE Pair<F> asinh_pair(F u) {
