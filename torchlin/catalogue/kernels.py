@@ -28,10 +28,14 @@ class Kernel:
     body: Node
     vector_slots: tuple[bool, ...]  # for each slot: a coefficient vector, or one number
 
-    @property
+    @functools.cached_property
     def id(self) -> int:
-        """A number that depends on the name alone, so that adding activations moves nothing."""
-        return zlib.crc32(self.name.encode()) & 0x7FFFFFFF
+        """A number that depends on name and function alone: adding activations moves nothing, and a library or an
+        exported graph with another function of that name finds none instead of a wrong one."""
+        return (
+            zlib.crc32(f"{self.name}({', '.join(self.inputs)}) = {with_named_slots(self.body)}".encode())
+            & 0x7FFFFFFF
+        )
 
 
 @dataclass(frozen=True)

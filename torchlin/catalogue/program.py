@@ -87,6 +87,11 @@ def _compute(op: str, args: list[Any], dtype: torch.dtype) -> Any:
 
 
 def value_of(program: Program, values: Mapping[str, Any], like: Tensor) -> Tensor:
-    """The one result of a program, as a tensor even where no input takes part in it."""
+    """The one result of a program, as a tensor even where no input takes part in it, and differentiable by `like` even
+    where its derivative is 0 everywhere."""
     value = run(program, values, like.dtype)[0]
-    return value if isinstance(value, Tensor) else torch.full_like(like, value)
+    if not isinstance(value, Tensor):
+        value = torch.full_like(like, value)
+    if like.requires_grad and not value.requires_grad:
+        value = torch.where(torch.zeros_like(like, dtype=torch.bool), like, value)
+    return value
