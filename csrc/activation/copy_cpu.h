@@ -32,26 +32,7 @@ void scatter(const void* source, int64_t step, int64_t n, void* target) {
   }
 }
 
-// Dense and aligned to vectors, past the caches: such stores read no line that they overwrite.
-template <class C>
-void stream(const void* source, int64_t n, void* target) {
-  const char* from = static_cast<const char*>(source);
-  char* to = static_cast<char*>(target);
-  const int64_t bytes = n * static_cast<int64_t>(sizeof(C));
-  for (int64_t i = 0; i < bytes; i += TORCHLIN_ISA_BYTES) {
-#if TORCHLIN_ISA_BYTES == 64
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_load_si512(from + i));
-#elif TORCHLIN_ISA_BYTES == 32
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), _mm256_load_si256(reinterpret_cast<const __m256i*>(from + i)));
-#elif defined(__x86_64__)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_load_si128(reinterpret_cast<const __m128i*>(from + i)));
-#else
-    std::memcpy(to + i, from + i, TORCHLIN_ISA_BYTES);
-#endif
-  }
-}
-
-const activation::Copies kCopies[] = {{gather<float>, scatter<float>, stream<float>},
-                                      {gather<double>, scatter<double>, stream<double>},
-                                      {gather<f16>, scatter<f16>, nullptr},
-                                      {gather<bf16>, scatter<bf16>, nullptr}};
+const activation::Copies kCopies[] = {{gather<float>, scatter<float>},
+                                      {gather<double>, scatter<double>},
+                                      {gather<f16>, scatter<f16>},
+                                      {gather<bf16>, scatter<bf16>}};

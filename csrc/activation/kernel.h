@@ -28,6 +28,7 @@ struct Args {
   int64_t slots_ld = 0, slots_step = 0, slot_grads_ld = 0, slot_grads_step = 0;
   const int64_t* first_row = nullptr;  // of each slot
   const int64_t* lengths = nullptr;    // rows of each slot: 1, or those of a coefficient vector
+  bool stream = false;                 // the forward's output goes past the caches; it is aligned to 64 bytes then
 };
 using Kernel = void (*)(const Args&);
 

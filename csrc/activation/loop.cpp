@@ -4,6 +4,10 @@
 #include <cstring>
 #include <memory>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 namespace torchlin::activation {
 namespace {
 
@@ -27,10 +31,8 @@ class Worker {
     block_ = std::clamp<int64_t>(kScratch / static_cast<int64_t>(sizeof(C)) / per_element, 64, kBlock) & -64;
     args_.first_row = loop.first_row;
     args_.lengths = loop.lengths;
-    contiguous_ = true;
-    for (int i = 0; i < loop.count; ++i) contiguous_ &= is_direct(loop.operands[i]);
-    any_direct_ = false;
-    for (int i = 0; i < loop.count; ++i) any_direct_ |= is_direct(loop.operands[i]);
+    contiguous_ = loop.storage <= kDouble || loop.direct_kernel != nullptr;
+    for (int i = 0; i < loop.count; ++i) contiguous_ &= loop.dims[0].step[loop.operands[i]] == 1;
     channel_runs_ = loop.channels > 1 && loop.dims[0].step[kChannel] == 1;
   }
 
@@ -47,14 +49,6 @@ class Worker {
         execute(n, true);
       } else {
         n = std::min(left, limit);
-        if (loop_.stream) {
-          stream_ = true;
-          for (int i = 0; i < loop_.count; ++i) {
-            const int o = loop_.operands[i];
-            if (o >= kOutput) stream_ &= (reinterpret_cast<uintptr_t>(loop_.base[o]) + cursor_.at[o] * sizeof_) % 64 == 0;
-          }
-          if (stream_) n = std::min(n, block_);
-        }
         if (n >= loop_.lanes && runs_ok) {
           n -= n % loop_.lanes;
           execute(n, false);
@@ -69,7 +63,10 @@ class Worker {
   }
 
  private:
-  bool is_direct(int operand) const { return loop_.direct && loop_.dims[0].step[operand] == 1; }
+  // Of the storage type a kernel takes all operands or none.
+  bool is_direct(int operand) const {
+    return contiguous_ || (loop_.storage <= kDouble && loop_.dims[0].step[operand] == 1);
+  }
 
   void seek(int64_t position) {
     std::fill(cursor_.at, cursor_.at + kOperands, 0);
@@ -111,7 +108,7 @@ class Worker {
   void execute(int64_t n, bool gathered) {
     const int64_t padded = (n + loop_.lanes - 1) / loop_.lanes * loop_.lanes;
     const Copies& copies = loop_.copies[loop_.storage];
-    bool in_scratch[kOperands] = {}, streamed[kOperands] = {};
+    bool in_scratch[kOperands] = {};
     C* scratch = nullptr;
     const auto take = [&](int64_t size) {
       if (scratch == nullptr) scratch = this->scratch();
@@ -123,10 +120,7 @@ class Worker {
     for (int i = 0; i < loop_.count; ++i) {
       const int o = loop_.operands[i];
       void* data;
-      if (!gathered && is_direct(o) && o >= kOutput && stream_) {
-        streamed[o] = true;
-        data = blocks[o] = take(padded);
-      } else if (!gathered && is_direct(o)) {
+      if (!gathered && is_direct(o)) {
         data = loop_.base[o] + cursor_.at[o] * sizeof_;
       } else {
         in_scratch[o] = true;
@@ -162,11 +156,12 @@ class Worker {
     }
 
     args_.n = padded;
-    loop_.kernel(args_);
+    args_.stream = loop_.stream && !gathered && contiguous_ && reinterpret_cast<uintptr_t>(args_.outputs[0]) % 64 == 0;
+    if (!gathered && contiguous_ && loop_.storage > kDouble) loop_.direct_kernel(args_);
+    else loop_.kernel(args_);
 
     for (int i = 0; i < loop_.count; ++i) {
       const int o = loop_.operands[i];
-      if (streamed[o]) copies.stream(blocks[o], n, loop_.base[o] + cursor_.at[o] * sizeof_);
       if (o < kOutput || !in_scratch[o]) continue;
       segments(n, [&](const Cursor& c, int64_t position, int64_t length) {
         copies.scatter(blocks[o] + position, loop_.dims[0].step[o], length, loop_.base[o] + c.at[o] * sizeof_);
@@ -261,8 +256,7 @@ class Worker {
   const int64_t sizeof_;
   const Copies& compute_;
   int64_t block_;
-  bool stream_ = false;
-  bool contiguous_, any_direct_, channel_runs_;
+  bool contiguous_, channel_runs_;
   Args args_;
   Cursor cursor_;
   std::vector<C> spread_;  // slots of one channel, as vectors of equal lanes
@@ -293,6 +287,9 @@ void Loop::merge(int lead) {
 void Loop::run(int64_t begin, int64_t end, double* sums) const {
   if (storage == kDouble) Worker<double>(*this, sums).run(begin, end);
   else Worker<float>(*this, sums).run(begin, end);
+#if defined(__x86_64__)
+  if (stream) _mm_sfence();  // before another thread reads
+#endif
 }
 
 }  // namespace torchlin::activation

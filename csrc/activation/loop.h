@@ -13,7 +13,6 @@ namespace torchlin::activation {
 struct Copies {
   void (*gather)(const void* source, int64_t step, int64_t n, void* target);
   void (*scatter)(const void* source, int64_t step, int64_t n, void* target);
-  void (*stream)(const void* source, int64_t n, void* target);
 };
 
 // The channel is an operand too: an index into the slots' rows.
@@ -25,12 +24,12 @@ struct Dim {
 };
 
 struct Loop {
-  Kernel kernel = nullptr;
+  Kernel kernel = nullptr;         // of the compute type
+  Kernel direct_kernel = nullptr;  // of a 16-bit storage type, if there is one
   const Copies* copies = nullptr;  // by storage type
   Storage storage = kFloat;
-  bool direct = true;  // the kernel takes the storage type; otherwise the compute type
   int64_t lanes = 1;
-  bool stream = false;  // outputs go past the caches
+  bool stream = false;  // long runs of the output go past the caches
 
   int operands[kOperands], count = 0;  // those in use, without the channel
   char* base[kOperands] = {};

@@ -14,11 +14,20 @@
 enum class Reductions { plain, mark, collect };
 template <class P>
 inline constexpr Reductions reductions_of = Reductions::plain;
+template <class P>
+inline constexpr bool typed_slots = false;
 
-// A coefficient within a sum: of the second run, p.element<T>(i, j) is a variable.
-template <class T, class P>
-TORCHLIN_FUNCTOR auto element(const P& p, int i, int j) {
-  if constexpr (reductions_of<P> == Reductions::collect) return p.template element<T>(i, j);
+// A slot, and a coefficient within a sum. A P with typed_slots gives each a type of its own, which depends on that slot only:
+// p.slot<i>(), p.element<i>(j). Without, p.element<T>(i, j) is the coefficient as a variable in the second run.
+template <class T, int i, class P>
+TORCHLIN_FUNCTOR auto slot(const P& p) {
+  if constexpr (typed_slots<P>) return p.template slot<i>();
+  else return arg<T>(p, i);
+}
+template <class T, int i, class P>
+TORCHLIN_FUNCTOR auto element(const P& p, int j) {
+  if constexpr (typed_slots<P>) return p.template element<i>(j);
+  else if constexpr (reductions_of<P> == Reductions::collect) return p.template element<T>(i, j);
   else return arg<T>(p, i, j);
 }
 

@@ -131,4 +131,13 @@ inline Tensor empty_like(const Tensor& t) {
   return empty_strided(t, t.dim(), t.sizes().data(), like_strides(t).data());
 }
 
+// t itself if it has the strides of `like`, else a copy that has. `like` comes from empty_like: it is dense.
+inline Tensor in_layout_of(const Tensor& t, const Tensor& like) {
+  const auto a = t.strides(), b = like.strides();
+  if (std::equal(a.begin(), a.end(), b.begin(), b.end())) return t;
+  Tensor copy = empty_like(like);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), t.get(), 0));
+  return copy;
+}
+
 }  // namespace torchlin

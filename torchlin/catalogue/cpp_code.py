@@ -16,9 +16,8 @@ rather than one of 0, which would cost a multiplication and make 0 * inf of it.
 
     T + T  T - T  T * T  T / T  -T, with C on either side too
     tl::lit<T>(c)                  the C of a double, known when compiling but in loops over coefficients
-    tl::arg<T>(p, i)               slot i of p, broadcast: a C, or a T where derivatives by slots are wanted
-    tl::arg<T>(p, i, j)            element j of the coefficient vector in slot i; tl::element in a sum's term
-    tl::length(p, i)               how many it has: an int, at least 1
+    tl::slot<T, i>(p)              slot i of p, broadcast: a C, or a T where derivatives by slots are wanted
+    tl::element<T, i>(p, j)        element j of the coefficient vector in slot i
     tl::gt ge lt le eq ne (u, v)   a mask; false where either is NaN (not ne); of dual numbers, by value
     tl::where(mask, u, v)          value and derivative of one, whatever the other holds (inf, NaN)
     tl::max(u, v), tl::min(u, v)   NaN if either is NaN; value and derivative of u at a tie: relu is max(0, x)
@@ -40,9 +39,10 @@ rather than one of 0, which would cost a multiplication and make 0 * inf of it.
     tl::polynomial<k, T, i>(p, u)  sum of arg<T>(p, i, j) u^j; chebyshev, legendre and hermite likewise, with
                                    T_j(u), P_j(u) and H_j(u)
 
-The last two and element are written once, in terms of the others, in csrc/activation/reductions.h, to be included in
-namespace tl; what P says about them makes derivatives by all coefficients in one more run (see there). f
-returns a T or, for a function without its inputs, a C.
+Slots and reductions are written once, in csrc/activation/reductions.h, to be included in namespace tl: in terms
+of the others and of tl::arg<T>(p, i), tl::arg<T>(p, i, j) and tl::length(p, i), an int of at least 1. What P says
+makes derivatives by all coefficients in one more run (see there). f of two inputs takes a T and a T1, which may
+depend on other variables; it returns what both make, or, for a function without its inputs, a C.
 
 Masks come from comparisons only and go to where() only. Derivatives follow what torch's autograd gives for
 its own functions; a function of a saturated argument should have the derivative 0, not 0 * inf.
@@ -83,7 +83,7 @@ class _Emitter:
     def emit(self) -> list[str]:
         for part in self.kernel.body.walk():
             if isinstance(part, Slot) and not part.vector:
-                self.line(f"const auto p{part.index} = tl::arg<T>(p, {part.index});")
+                self.line(f"const auto p{part.index} = tl::slot<T, {part.index}>(p);")
                 self.text[part] = f"p{part.index}", 9
             elif not part.is_vector:
                 self.enter(part)
@@ -137,7 +137,7 @@ class _Emitter:
         self.line(f"const auto {total} = tl::sum<{template}>(p, [&](int j) {{")
         start = len(self.lines)
         for v in vectors:
-            self.line(f"const auto p{v.index} = tl::element<T>(p, {v.index}, j);")
+            self.line(f"const auto p{v.index} = tl::element<T, {v.index}>(p, j);")
             self.text[v] = f"p{v.index}", 9
         for node in part.args[0].walk():
             if node.is_vector and not isinstance(node, Slot):
@@ -159,7 +159,9 @@ def functor(kernel: Kernel) -> str:
     """The C++ struct of a kernel."""
     emitter = _Emitter(kernel)
     body = "\n".join(f"    {line}" for line in emitter.emit())
-    inputs = ", ".join(f"T {name}" for name in kernel.inputs)
+    types = ["T", *(f"T{i}" for i in range(1, len(kernel.inputs)))]
+    inputs = ", ".join(f"{t} {name}" for t, name in zip(types, kernel.inputs, strict=True))
+    template = ", ".join(f"class {t}" for t in (*types, "P"))
     p = " p" if kernel.vector_slots else ""
     vectors = sum(1 << i for i, vector in enumerate(kernel.vector_slots) if vector)
     return (
@@ -168,7 +170,7 @@ def functor(kernel: Kernel) -> str:
         f"  static constexpr int id = {kernel.id}, inputs = {len(kernel.inputs)}, "
         f"slots = {len(kernel.vector_slots)}, reductions = {emitter.reductions};\n"
         f"  static constexpr unsigned vectors = {vectors:#x};\n"
-        f"  template <class T, class P>\n"
+        f"  template <{template}>\n"
         f"  static TORCHLIN_FUNCTOR auto f({inputs}, const P&{p}) {{\n{body}\n  }}\n}};\n"
     )
 
