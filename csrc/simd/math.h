@@ -673,7 +673,7 @@ TORCHLIN_INLINE F power_of_positive(F u, F v) {
 #endif
   // m = (1 + r)/near; r in two floats
   const I index = (I)m >> 19;
-  const F near = lookup16(kInverse, index), product = m * near, rest = fma(m, near, -product), r = product - 1.0f;
+  const F near = lookup16(kReciprocal, index), product = m * near, rest = fma(m, near, -product), r = product - 1.0f;
   // log2(1 + r) = r/ln 2 + r^2 R(r), -0.032 <= r <= 0.063: 6e-11
   const F high = r * 1.44269502f;
   const F q = poly(r, -7.213475110e-01f, 4.808983500e-01f, -3.606987890e-01f, 2.886660400e-01f, -2.245863680e-01f);
