@@ -60,14 +60,16 @@ def centre_near(f: Function, low: float, high: float) -> float:
     return min(candidates, key=rounding)
 
 
+def around(f: Function, centre: float) -> Function:
+    return lambda r: f(centre + r)
+
+
 def even(f: Function, end: float, pieces: int, degree: int) -> tuple[float, list[list[float]]]:
     """The pieces' width and coefficients: piece i is centred at i times the width, the last one ends at `end`."""
     width = float(np.float32(end / (pieces - 0.5)))
     half = width / 2 * 1.0001
     rows = [[0.0, *fit(f, 1e-9, half, range(1, degree + 1))]]
-    rows += [
-        fit(lambda r, i=i: f(i * mp.mpf(width) + r), -half, half, range(degree + 1)) for i in range(1, pieces)
-    ]
+    rows += [fit(around(f, i * mp.mpf(width)), -half, half, range(degree + 1)) for i in range(1, pieces)]
     return width, rows
 
 
@@ -85,7 +87,7 @@ def relative(
             centre, row = 0.0, [0.0, *fit(f, 1e-9, high, range(1, degree + 1))]
         else:
             centre = centre_near(f, low, high)
-            row = fit(lambda r, c=centre: f(c + r), low - centre, high - centre, range(degree + 1))
+            row = fit(around(f, centre), low - centre, high - centre, range(degree + 1))
         centres[place % pieces], rows[place % pieces] = centre, row
     return centres, rows
 
