@@ -1,4 +1,4 @@
-# make demo · make test · make bench · make lint · make wheel · make clean
+# make demo · make test · make bench · make docs · make lint · make wheel · make clean
 # Each target makes its own virtual environment in $(VENV) if there is none. PYTHON=, VENV= and TORCH= are honoured.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0+PTX
 BIN := $(VENV)/bin
 READY := $(VENV)/.torchlin-ready
 
-.PHONY: demo test bench lint wheel clean build
+.PHONY: demo test bench docs lint wheel clean build
 
 demo: build
 	$(BIN)/torchlin demo $(STOPS)
@@ -20,6 +20,9 @@ test: build
 
 bench: build
 	$(BIN)/torchlin bench $(FAMILY)
+
+docs: build
+	$(BIN)/python docs/activations.py
 
 lint: build
 	$(BIN)/ruff check .

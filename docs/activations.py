@@ -275,10 +275,10 @@ def row(a: Activation, p: Picture) -> str:
     source = a.source + (f" ({a.year})" if a.year and str(a.year) not in a.source else "")
     cells = [
         name,
-        _formula(a),
+        _formula(a, p),
         "<br>".join(map(_parameter, a.parameters.values())),
-        source,
-        a.verified or "–",
+        _text(source),
+        _text(a.verified or "–"),
     ]
     return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 
@@ -297,7 +297,7 @@ def _formula(a: Activation, p: Picture) -> str:
     if p.caption:
         parts.append(f"*Picture: {p.caption}.*")
     if a.note:
-        parts.append(a.note)
+        parts.append(_text(a.note))
     if same := show.relatives(a):
         parts.append("= " + ", ".join(map(_link, same)))
     known = {other.name for other in same}
@@ -307,7 +307,13 @@ def _formula(a: Activation, p: Picture) -> str:
 
 
 def _link(a: Activation) -> str:
-    return f"[{a.name}](#{a.name}){show.as_another(a).removeprefix(a.name)}"
+    more = show.as_another(a).removeprefix(a.name)
+    return f"[{a.name}](#{a.name})" + f" `{more.strip()}`" * bool(more)
+
+
+def _text(words: str) -> str:
+    """Words of the catalogue as Markdown that shows them as they are."""
+    return re.sub(r"([*_<`])", r"\\\1", words)
 
 
 def _parameter(p: Parameter) -> str:
