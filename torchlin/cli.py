@@ -139,6 +139,8 @@ def _show(args: argparse.Namespace) -> int:
         for i, entry in enumerate(found):
             print("\n" * (i > 0), end="")
             show.show(entry, parameters=parameters, window=window)
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError) as error:
         raise Refused(str(error)) from error
     return 0
