@@ -62,10 +62,11 @@ const Entry& entry_of(int64_t id) {
 // The best level not above the one in use that has such a kernel.
 template <class Pick>
 void choose(Loop& loop, const Entry& entry, Pick pick) {
+  using PerLevel = std::array<const activation::Copies*, kCpuIsaCount>;
 #if defined(__x86_64__)
-  static constexpr std::array<const activation::Copies*, kCpuIsaCount> kCopies{baseline::kCopies, avx2::kCopies, avx512::kCopies};
+  static constexpr PerLevel kCopies{baseline::kCopies, avx2::kCopies, avx512::kCopies};
 #else
-  static constexpr std::array<const activation::Copies*, kCpuIsaCount> kCopies{baseline::kCopies, baseline::kCopies, baseline::kCopies};
+  static constexpr PerLevel kCopies{baseline::kCopies, baseline::kCopies, baseline::kCopies};
 #endif
   int level = static_cast<int>(cpu_isa());
   loop.copies = kCopies[level];
@@ -94,6 +95,19 @@ struct Sizes {
   }
 };
 
+void use_slots(Loop& loop, const activation::Functor& f, const std::optional<Tensor>& slots) {
+  TORCHLIN_CHECK((f.slots > 0) == slots.has_value(), "activation: kernel ", f.id, " has ", f.slots, " slots, got ",
+                 slots ? "some" : "none");
+  if (!slots) return;
+  const auto size = slots->sizes();
+  const ScalarType dtype = loop.storage == activation::kDouble ? ScalarType::Double : ScalarType::Float;
+  TORCHLIN_CHECK(size.size() == 2 && slots->is_contiguous() && slots->scalar_type() == dtype,
+                 "activation: slots must be contiguous, of shape (rows, channels), in the compute dtype");
+  loop.rows = size[0];
+  loop.channels = size[1];
+  loop.slots = static_cast<const char*>(slots->data_ptr());
+}
+
 // One or, of a packed tensor, two operands.
 struct View {
   int operand;
@@ -107,13 +121,14 @@ class Builder {
   Builder(Loop& loop, const Call& call, const Entry& entry) : loop_(loop), call_(call), sizes_(call) {
     const auto& f = entry.functor;
     const int64_t expected = f.inputs - (call.split != kNone);
-    TORCHLIN_CHECK(static_cast<int64_t>(call.inputs.size()) == expected, "activation: kernel ", call.kernel, " takes ", expected,
-                   " tensors, got ", call.inputs.size());
+    TORCHLIN_CHECK(static_cast<int64_t>(call.inputs.size()) == expected, "activation: kernel ", call.kernel, " takes ",
+                   expected, " tensors, got ", call.inputs.size());
     TORCHLIN_CHECK(sizes_.ndim <= 64, "activation: more than 64 dimensions");
     loop.storage = storage_of(call.inputs[0].scalar_type());
     if (call.split != kNone) {
-      TORCHLIN_CHECK(call.split > 0 && call.split <= kInterleavedSwapped && call.split_dim >= 0 && call.split_dim < sizes_.ndim &&
-                         call.inputs[0].sizes()[call.split_dim] % 2 == 0,
+      const int64_t dim = call.split_dim;
+      TORCHLIN_CHECK(call.split > 0 && call.split <= kInterleavedSwapped && dim >= 0 && dim < sizes_.ndim &&
+                         call.inputs[0].sizes()[dim] % 2 == 0,
                      "activation: a packed tensor cannot be split like this");
     }
     for (const Tensor& x : call.inputs) {
@@ -132,7 +147,8 @@ class Builder {
       return;
     }
     const bool interleaved = call_.split >= kInterleaved;
-    const int64_t apart = strides[call_.split_dim] * (interleaved ? 1 : sizes_.size[call_.split_dim]) * loop_.element_size();
+    const int64_t places = interleaved ? 1 : sizes_.size[call_.split_dim];
+    const int64_t apart = strides[call_.split_dim] * places * loop_.element_size();
     const bool swapped = call_.split == kHalvesSwapped || call_.split == kInterleavedSwapped;
     views_[count_++] = {operand, data + (swapped ? apart : 0), strides, interleaved};
     views_[count_++] = {operand + 1, data + (swapped ? 0 : apart), strides, interleaved};
@@ -147,8 +163,9 @@ class Builder {
   }
   void check(const Tensor& t) const {
     const auto sizes = t.sizes();
-    TORCHLIN_CHECK(static_cast<int64_t>(sizes.size()) == sizes_.ndim && std::equal(sizes.begin(), sizes.end(), sizes_.size.begin()) &&
-                       t.scalar_type() == call_.inputs[0].scalar_type(),
+    const bool same_shape = static_cast<int64_t>(sizes.size()) == sizes_.ndim &&
+                            std::equal(sizes.begin(), sizes.end(), sizes_.size.begin());
+    TORCHLIN_CHECK(same_shape && t.scalar_type() == call_.inputs[0].scalar_type(),
                    "activation: tensors differ in shape or dtype");
   }
 
@@ -168,17 +185,8 @@ class Builder {
 
  private:
   void set_slots(const activation::Functor& f) {
-    TORCHLIN_CHECK(f.slots == 0 ? !call_.slots : call_.slots.has_value(), "activation: kernel ", call_.kernel, " has ", f.slots,
-                   " slots, got ", call_.slots ? "some" : "none");
+    use_slots(loop_, f, call_.slots);
     if (f.slots == 0) return;
-    const Tensor& slots = *call_.slots;
-    const auto size = slots.sizes();
-    TORCHLIN_CHECK(size.size() == 2 && slots.is_contiguous() &&
-                       slots.scalar_type() == (loop_.storage == activation::kDouble ? ScalarType::Double : ScalarType::Float),
-                   "activation: slots must be contiguous, of shape (rows, channels), in the compute dtype");
-    loop_.rows = size[0];
-    loop_.channels = size[1];
-    loop_.slots = static_cast<const char*>(slots.data_ptr());
     TORCHLIN_CHECK(static_cast<int>(call_.lengths.size()) == f.slots, "activation: kernel ", call_.kernel, " has ", f.slots,
                    " slots, got ", call_.lengths.size(), " lengths");
     for (int i = 0; i < f.slots; ++i) {
@@ -186,7 +194,8 @@ class Builder {
       TORCHLIN_CHECK(f.vectors >> i & 1 ? length > 0 : length == 1, "activation: slot ", i, " has length ", length);
       first_row_[i] = i == 0 ? 0 : first_row_[i - 1] + call_.lengths[i - 1];
     }
-    TORCHLIN_CHECK(first_row_[f.slots - 1] + call_.lengths[f.slots - 1] == loop_.rows, "activation: slots do not have the rows of lengths");
+    TORCHLIN_CHECK(first_row_[f.slots - 1] + call_.lengths[f.slots - 1] == loop_.rows,
+                   "activation: slots do not have the rows of lengths");
     TORCHLIN_CHECK(loop_.channels == 1 || (call_.channel_dim >= 0 && call_.channel_dim < sizes_.ndim &&
                                            sizes_.size[call_.channel_dim] == loop_.channels),
                    "activation: slots of ", loop_.channels, " channels do not fit channel_dim ", call_.channel_dim);
@@ -265,15 +274,39 @@ Tensor activation_fwd(const std::vector<Tensor>& inputs, int64_t kernel, const s
   }
   TORCHLIN_CHECK(split_dim >= 0 && split_dim < inputs[0].dim(), "activation: split_dim ", split_dim, " is out of range");
   const Sizes sizes(call);
-  Tensor out = empty_strided(inputs[0], sizes.ndim, sizes.size.data(), contiguous_strides(sizes.size.data(), sizes.ndim).data());
+  const std::vector<int64_t> strides = contiguous_strides(sizes.size.data(), sizes.ndim);
+  Tensor out = empty_strided(inputs[0], sizes.ndim, sizes.size.data(), strides.data());
   forward(call, out);
   return out;
 }
 
+// The plainest call: one tensor, one value a slot. For a small tensor what is looked up and allocated is most of the time.
 Tensor activation_plain(const Tensor& x, int64_t kernel, const std::optional<Tensor>& slots) {
+  constexpr int kMaxSlots = 8;
+  static constexpr int64_t kRows[kMaxSlots] = {0, 1, 2, 3, 4, 5, 6, 7}, kOnes[kMaxSlots] = {1, 1, 1, 1, 1, 1, 1, 1};
+  Tensor out = empty_like(x);
+  const Entry& entry = entry_of(kernel);
+  const activation::Functor& f = entry.functor;
+  Loop loop;
+  if (x.is_contiguous() && f.inputs == 1 && f.vectors == 0 && f.slots <= kMaxSlots) {
+    loop.storage = storage_of(x.scalar_type());
+    use_slots(loop, f, slots);
+    if (loop.rows == f.slots && loop.channels == 1) {
+      loop.numel = x.numel();
+      if (loop.numel == 0) return out;
+      choose(loop, entry, [](const Functions& functions) { return functions.forward; });
+      loop.first_row = kRows;
+      loop.lengths = kOnes;
+      loop.use(activation::kInput, x.data_ptr());
+      loop.use(activation::kOutput, out.data_ptr());
+      loop.ndim = 1;
+      loop.dims[0] = Dim{loop.numel, {1, 1, 1, 1, 1, 1, 1, 0}};
+      run(loop);
+      return out;
+    }
+  }
   const std::vector<Tensor> inputs{x};
   const std::vector<int64_t> lengths(slots ? static_cast<size_t>(slots->sizes()[0]) : 0, 1);
-  Tensor out = empty_like(x);
   forward({kernel, inputs, slots, lengths}, out);
   return out;
 }
@@ -285,8 +318,8 @@ void activation_out(const std::vector<Tensor>& inputs, int64_t kernel, const std
 }
 
 std::vector<Tensor> activation_bwd(const Tensor& grad, const std::vector<Tensor>& inputs, int64_t kernel,
-                                   const std::optional<Tensor>& slots, const std::vector<int64_t>& lengths, int64_t channel_dim,
-                                   int64_t split, int64_t split_dim, int64_t needs) {
+                                   const std::optional<Tensor>& slots, const std::vector<int64_t>& lengths,
+                                   int64_t channel_dim, int64_t split, int64_t split_dim, int64_t needs) {
   constexpr int64_t kNeedsSlots = 8;
   TORCHLIN_CHECK(!inputs.empty(), "activation: no inputs");
   const Call call{kernel, inputs, slots, lengths, channel_dim, split, split_dim};
@@ -338,8 +371,8 @@ std::vector<int64_t> activation_load(std::string path) {
 STABLE_TORCH_LIBRARY_FRAGMENT(torchlin, m) {
   m.def("_activation(Tensor x, int kernel, Tensor? slots=None) -> Tensor");
   m.def(
-      "_activation_fwd(Tensor[] inputs, int kernel, Tensor? slots, int[] lengths, int channel_dim, int split, int split_dim) -> "
-      "Tensor");
+      "_activation_fwd(Tensor[] inputs, int kernel, Tensor? slots, int[] lengths, int channel_dim, int split, int split_dim) "
+      "-> Tensor");
   m.def(
       "_activation_out(Tensor[] inputs, int kernel, Tensor? slots, int[] lengths, int channel_dim, int split, int split_dim, "
       "Tensor(a!) out) -> ()");
@@ -356,4 +389,6 @@ STABLE_TORCH_LIBRARY_IMPL(torchlin, CPU, m) {
   TORCHLIN_IMPL(m, "_activation_bwd", torchlin::activation_bwd);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(torchlin, CompositeExplicitAutograd, m) { TORCHLIN_IMPL(m, "_activation_load", torchlin::activation_load); }
+STABLE_TORCH_LIBRARY_IMPL(torchlin, CompositeExplicitAutograd, m) {
+  TORCHLIN_IMPL(m, "_activation_load", torchlin::activation_load);
+}
