@@ -157,7 +157,15 @@ def cpu_rules(torch_dir: Path, debug: bool) -> list[str]:
 
 def cuda_rules(torch_dir: Path, debug: bool) -> list[str]:
     common, relocate = common_flags(torch_dir, debug)
-    flags = [*common, "-DUSE_CUDA", "-Xptxas -v", "--threads 0", "-diag-suppress 177", *cuda_arch_flags()]
+    flags = [
+        *common,
+        "-DUSE_CUDA",
+        "-Xptxas -v",
+        "-Xfatbin=-compress-all",
+        "--threads 0",
+        "-diag-suppress 177",
+        *cuda_arch_flags(),
+    ]
     flags += [f"-Xcompiler {','.join(['-fPIC', '-fvisibility=hidden', *relocate])}"]
     return [
         f"nvcc = {find_nvcc()}",

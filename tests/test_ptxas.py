@@ -119,8 +119,8 @@ def test_activations_move_in_16_byte_vectors(activations):
         inputs = len(functors()[kernel.functor].inputs) + (kernel.direction != "forward")
         outputs = 1 if kernel.direction == "forward" else inputs - 1
         # float is two vectors, 16-bit types are one.
-        assert len(re.findall(r"ld\.global\.v4\.[bu]32", kernel.ptx)) >= 2 * inputs, kernel.functor
-        assert len(re.findall(r"st\.global\.v4\.[bu]32", kernel.ptx)) >= 2 * outputs, kernel.functor
+        assert len(re.findall(r"ld\.global\.v4\.[buf]32", kernel.ptx)) >= 2 * inputs, kernel.functor
+        assert len(re.findall(r"st\.global\.v4\.[buf]32", kernel.ptx)) >= 2 * outputs, kernel.functor
 
 
 def test_activations_do_not_spill(activations):
