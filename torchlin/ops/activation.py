@@ -19,7 +19,7 @@ from torchlin.ops._checks import (
     in_forward_mode,
     needs_grad,
 )
-from torchlin.ops.activation_autograd import ActivationInplace, apply
+from torchlin.ops.activation_autograd import ActivationInplace, PlainActivation, apply, write, write_plain
 from torchlin.ops.activation_composed import IMPLEMENTATIONS
 from torchlin.ops.activation_kernel import load_late
 
@@ -72,24 +72,28 @@ def activation(
         >>> torchlin.functional.activation(torch.tensor([-1.0, 0.0, 2.0]), "leaky_relu", a=0.1)
         tensor([-0.1000,  0.0000,  2.0000])
     """
-    # Checking the arguments of a small tensor's call costs more than its arithmetic. The plainest call goes straight to
-    # the op; what the op refuses takes the long way, which says why.
+    # Checking the arguments of a small tensor's call costs more than its arithmetic. A plain call that was seen before goes
+    # straight to the op; what is not so plain takes the long way, which says why.
     if (
         not parameters
         and x.__class__ is Tensor
         and not inplace
-        and out is None
         and not training
         and not _exporting
         and (known := _plain.get((name, x.dtype))) is not None
         and x.is_cpu
-        and not (x.requires_grad and torch.is_grad_enabled())
         and not in_forward_mode()
     ):
-        try:
-            return _short(x, *known)
-        except RuntimeError:
-            pass
+        if out is None and not (x.requires_grad and torch.is_grad_enabled()):
+            try:
+                return _short(x, *known)
+            except RuntimeError:
+                pass
+        elif not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+            if out is None:
+                return PlainActivation.apply(x, *known)
+            if _can_take(out, x):
+                return write_plain(out, x, *known)
     canonical, implementation, tensors, _ = forms.kind_of(name)
     if implementation:
         return _composed(
@@ -298,11 +302,23 @@ def _compute(
         return ActivationInplace.apply(x, slots, kernel, lengths)
     if inplace or out is not None:
         target = x if out is None else out
-        _raw._activation_out(inputs, kernel, slots, lengths, channel_dim, split, split_dim, target)
-        if not torch.compiler.is_compiling() and not target.is_inference():
-            torch.autograd.graph.increment_version(target)
-        return target
+        return write(target, inputs, slots, kernel, lengths, channel_dim, split, split_dim)
     return apply(inputs, slots, call.items is None, kernel, lengths, channel_dim, split, split_dim)
+
+
+def _can_take(out: Any, x: Tensor) -> bool:
+    """Whether out plainly passes all that check_out asks for."""
+    if (
+        out.__class__ is not Tensor
+        or out.dtype is not x.dtype
+        or not out.is_cpu
+        or out.shape != x.shape
+        or (torch.is_grad_enabled() and (x.requires_grad or out.requires_grad))
+        or not (x.is_contiguous() and out.is_contiguous())
+    ):
+        return False
+    distance, size = out.data_ptr() - x.data_ptr(), x.numel() * x.element_size()
+    return distance >= size or -distance >= size
 
 
 def _remember(name: str, call: forms.Call, x: Tensor) -> None:

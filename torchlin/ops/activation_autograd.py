@@ -18,6 +18,8 @@ from torchlin.ops.activation_forms import kernel_reference, unpacked, vector_slo
 _raw: Any = torch.ops.torchlin
 _HAS_KERNELS = "_activation_fwd" in _library.ops()
 _fwd: Any = _raw._activation_fwd.default if _HAS_KERNELS else None
+_bwd: Any = _raw._activation_bwd.default if _HAS_KERNELS else None
+_raw_short: Any = _raw._activation.default if _HAS_KERNELS else None
 _SLOTS = 8  # the bit of a request for gradients that means the slots; bit i is the i-th input
 
 
@@ -35,6 +37,23 @@ def apply(inputs, slots, learnable, kernel, lengths, channel_dim, split, split_d
             )
         return _Activation.apply(slots, kernel, lengths, channel_dim, split, split_dim, *inputs)
     return _fwd(inputs, kernel, slots, lengths, channel_dim, split, split_dim)
+
+
+def write(out, inputs, slots, kernel, lengths, channel_dim, split, split_dim):
+    """Writes the result into out, which autograd is told of."""
+    _raw._activation_out(inputs, kernel, slots, lengths, channel_dim, split, split_dim, out)
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out
+
+
+def write_plain(out, x, kernel, slots):
+    return write(out, [x], slots, kernel, _ones(slots), 0, 0, 0)
+
+
+def _ones(slots):
+    """The lengths of slots that are all scalars."""
+    return () if slots is None else (1,) * slots.shape[0]
 
 
 def _kernel_values(inputs, slots, kernel, lengths, channel_dim, split, split_dim):
@@ -72,6 +91,21 @@ class _Activation(torch.autograd.Function):
         grad_slots = found.pop() if wanted[0] else None
         grads = [found.pop(0) if wanted[6 + i] else None for i in range(len(inputs))]
         return grad_slots, None, None, None, None, None, *grads
+
+
+class PlainActivation(torch.autograd.Function):
+    """One input, slots that are scalars and constant: as short as it can be."""
+
+    @staticmethod
+    def forward(ctx, x, kernel, slots):
+        ctx.kernel, ctx.slots = kernel, slots
+        ctx.save_for_backward(x)
+        return _raw_short(x, kernel, slots)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return _backward(1, grad, [x], ctx.slots, ctx.kernel, _ones(ctx.slots), 0, 0, 0)[0], None, None
 
 
 class _ActivationTransformed(_Activation):
