@@ -175,14 +175,12 @@ def panel(activation: Activation, p: Picture) -> str:
     paths += [(role[0], _path(p, p.pieces(role))) for role in ("other", "derivative", "f")]
     curves = "".join(f'<path class="{kind}" d="{d}"/>' for kind, d in paths if d)
     remark = [f"over {p.axis}"] * (p.axis != "x") + [f"to ±{p.high:g}"] * (p.high != HIGH)
-    axis = (
-        f'<text x="{PANEL[0] - 7}" y="16" text-anchor="end">{escape(", ".join(remark))}</text>'
-        if remark
-        else ""
-    )
+    beside = escape(", ".join(remark))
+    axis = f'<text x="{PANEL[0] - 7}" y="16" text-anchor="end">{beside}</text>' if remark else ""
+    fits = 7 * len(activation.name) + 5 * len(beside) < PANEL[0] - 20
     return (
         f'<rect width="{PANEL[0]}" height="{PANEL[1]}" rx="6"/>'
-        f'<text class="{"t" if len(activation.name) < 22 else "t n"}" x="8" y="17">{activation.name}</text>'
+        f'<text class="{"t" if fits else "t n"}" x="8" y="17">{activation.name}</text>'
         f"{axis}{labels}"
         f'<g transform="translate({LEFT} {TOP})scale({1 / UNIT:g})">{curves}</g>'
     )
