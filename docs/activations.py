@@ -62,7 +62,7 @@ Parameters are at their defaults.
 import torch, torchlin
 
 y = torchlin.functional.activation(torch.randn(8), "mish")
-layer = torchlin.create("activation", "prelu", a=0.1)  # a Module; its parameters learn where the table says so
+layer = torchlin.create("activation", "prelu", a=0.1)  # its parameters learn where the table says
 ```
 
 `torchlin show mish` prints one of them with a plot, `torchlin list activation '*gelu*'` searches.
