@@ -51,9 +51,8 @@ class Form:
     parameters: tuple[str, ...]
     words: tuple[tuple[str, str], ...]  # by what else a parameter is called, and its name
     defaults: tuple[float | tuple[float, ...], ...]
-    noises: tuple[
-        tuple[str, str, Program, str], ...
-    ]  # name, distribution, arguments, the vector it is like or ""
+    # Name, distribution, arguments, and the vector it is like or "".
+    noises: tuple[tuple[str, str, Program, str], ...]
     reference: Program
     kernel: int  # 0 where there is none
     devices: tuple[str, ...]  # types of devices that have it
@@ -111,20 +110,6 @@ def _host_slots(
 
 
 @traced_constant
-def _constant_slots(
-    name: str, training: bool, items: tuple[tuple[str, Any], ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """The slots [R, 1] of parameters that are numbers."""
-    numbers = [[v] for row in _host_slots(name, training, items) for v in row]
-    return make_constant(lambda: torch.tensor(numbers, dtype=torch.float64, device="cpu").to(dtype), device)
-
-
-@traced_constant
-def _constant_lengths(name: str, training: bool, items: tuple[tuple[str, Any], ...]) -> tuple[int, ...]:
-    return tuple(len(row) for row in _host_slots(name, training, items))
-
-
-@traced_constant
 def keeps_slope(name: str, items: tuple[tuple[str, Any], ...]) -> bool:
     """Whether f'(f(x)) = f'(x): then the output tells the gradient, and the input may be overwritten."""
     return find(name).allows_inplace(dict(items))
@@ -149,9 +134,8 @@ class Call:
     values: dict[str, Any]
     items: tuple[tuple[str, Any], ...] | None  # the same where all of them are numbers
     channels: int  # values of the largest parameter
-    constants: dict[Any, tuple[Tensor, Sequence[int]]] = field(
-        default_factory=dict
-    )  # slots, by dtype and device
+    # Slots of numbers, by dtype and device.
+    constants: dict[Any, tuple[Tensor, Sequence[int]]] = field(default_factory=dict)
 
 
 def prepare(
@@ -325,11 +309,10 @@ def slots_of(call: Call, like: Tensor) -> tuple[Tensor | None, Sequence[int]]:
             return torch.stack(filled), [len(slot) for slot in slots]
         known = call.constants.get((dtype, like.device))
         if known is None:
-            known = (
-                _constant_slots(form.name, call.training, call.items, dtype, like.device),
-                _constant_lengths(form.name, call.training, call.items),
-            )
-            call.constants[(dtype, like.device)] = known
+            slots = _host_slots(form.name, call.training, call.items)
+            numbers = [[v] for slot in slots for v in slot]
+            made = make_constant(lambda: torch.tensor(numbers, dtype=dtype, device="cpu"), like.device)
+            known = call.constants[(dtype, like.device)] = made, [len(slot) for slot in slots]
         return known
     rows: list[Tensor] = []
     sizes: list[int] = []
