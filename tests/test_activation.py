@@ -7,6 +7,7 @@ The float64 kernel is the oracle here: test_catalogue.py holds it against the fo
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -270,3 +271,72 @@ def test_the_table_of_bounds_is_not_loose():
             assert used > 0, f"{row.name} holds 4 ULP: it needs no bound"
             assert bound <= 10 * used, f"{row.name}: {used:.3g} measured, {bound:.3g} stated"
     assert set(allowances()) <= {row.name for row in OF_ONE}
+
+
+# ----------------------------------------------------------------------------------------- as torch has them
+
+TORCH = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "celu": F.celu,
+    "selu": F.selu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "mish": F.mish,
+    "softplus": F.softplus,
+    "softsign": F.softsign,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "logsigmoid": F.logsigmoid,
+    "hardtanh": F.hardtanh,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "hardshrink": F.hardshrink,
+    "softshrink": F.softshrink,
+    "tanhshrink": F.tanhshrink,
+}
+# Kinks, zeros of both signs, the ends of what float32 has, and what is not finite.
+CORNERS = (
+    0.0,
+    -0.0,
+    0.5,
+    -0.5,
+    1.0,
+    -1.0,
+    3.0,
+    -3.0,
+    6.0,
+    20.5,
+    -20.5,
+    100.0,
+    -100.0,
+    1e4,
+    -1e4,
+    math.inf,
+    -math.inf,
+    math.nan,
+)
+
+
+@pytest.mark.parametrize("level", battery.available_isa_levels())
+@pytest.mark.parametrize("name", TORCH)
+def test_corners_are_torchs(name, level):
+    """Values everywhere, signs of zero, and derivatives at every number."""
+    before = torch.ops.torchlin._cpu_isa()
+    torch.ops.torchlin._set_cpu_isa(level)
+    try:
+        x, own = (torch.tensor(CORNERS, requires_grad=True) for _ in range(2))
+        y, want = activation(own, name), TORCH[name](x)
+        if name == "gelu":  # torch's kernel has NaN there on some machines
+            want = torch.where(x == math.inf, x, want)
+        torch.testing.assert_close(y, want, equal_nan=True, atol=1e-6, rtol=1e-5)
+        assert torch.equal(torch.signbit(y[:2]), torch.signbit(want[:2])), "the sign of zero"
+        (got,) = torch.autograd.grad(y, own, torch.ones_like(y))
+        (slope,) = torch.autograd.grad(want, x, torch.ones_like(want))
+        numbers = torch.isfinite(x)
+        torch.testing.assert_close(got[numbers], slope[numbers], atol=2e-6, rtol=1e-4)
+    finally:
+        torch.ops.torchlin._set_cpu_isa(before)
