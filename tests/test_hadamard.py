@@ -24,7 +24,7 @@ from torch import Tensor
 import torchlin
 from torchlin.functional import hadamard_transform
 from torchlin.nn import HadamardTransform
-from torchlin.ops.hadamard import hadamard_transform_reference
+from torchlin.ops.hadamard import _core_in_graph, hadamard_transform_reference
 from torchlin.ops.hadamard_matrix import core_matrix, hadamard_order
 
 # H_K that are not symmetric: Paley I (44), Williamson (92), and a symmetric one with its rows turned (20).
@@ -892,3 +892,20 @@ def test_side_stream(shape, dtype):
         y = hadamard_transform(late)
     side.synchronize()
     assert torch.equal(y, hadamard_transform(x))
+
+
+def test_several_matrices_in_one_compiled_graph():
+    """And the same one twice: a traced graph holds each as a constant of its own."""
+    x, y = torch.randn(3, 12, requires_grad=True), torch.randn(3, 40)
+
+    def both(x: Tensor, y: Tensor) -> Tensor:
+        return hadamard_transform(hadamard_transform(x)).sum() + hadamard_transform(y).square().sum()
+
+    got = torch.compile(both, fullgraph=True, backend="aot_eager")(x, y)
+    torch.testing.assert_close(got, both(x, y))
+    torch.testing.assert_close(torch.autograd.grad(got, x)[0], torch.autograd.grad(both(x, y), x)[0])
+
+
+@pytest.mark.parametrize("k", [12, 20, 28, 44, 92, 172])
+def test_matrices_of_traced_graphs(k):
+    assert torch.equal(_core_in_graph(k, torch.device("cpu")), core_matrix(k))

@@ -32,10 +32,17 @@ class Kernel:
     def id(self) -> int:
         """A number that depends on name and function alone: adding activations moves nothing, and a library or an
         exported graph with another function of that name finds none instead of a wrong one."""
-        return (
-            zlib.crc32(f"{self.name}({', '.join(self.inputs)}) = {with_named_slots(self.body)}".encode())
-            & 0x7FFFFFFF
-        )
+        place: dict[Node, int] = {}
+        steps = [self.name, *self.inputs]
+        for part in self.body.walk():  # each part once: written out, what is shared could be endless
+            place[part] = len(place)
+            if isinstance(part, Call):
+                steps.append(f"{part.op} {[place[arg] for arg in part.args]}")
+            elif isinstance(part, Slot):
+                steps.append(f"slot {part.index} {part.vector}")
+            else:
+                steps.append(repr(part))
+        return zlib.crc32("\n".join(steps).encode()) & 0x7FFFFFFF
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ _last: Any = _raw._hadamard_last.default if _CPU_KERNEL else None
 
 # H_K on each device, made once: {(K, device): int8 (K, K)}.
 _cores: dict[tuple[int, torch.device], Tensor] = {}
+_WORD = 32  # signs in a number
 # Callers' matrices that were found to be Hadamard matrices, and in which state: the check costs more than a small transform.
 _seen_hadamard: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
 
@@ -297,24 +298,37 @@ def _k_of(order: int) -> int:
 
 def _core_on(k: int, device: torch.device) -> Tensor:
     """H_K as the kernels want it, kept for every device that asked."""
+    if torch.compiler.is_compiling():
+        return _core_in_graph(k, device)
     key = (k, device)
     if key not in _cores:
         _cores[key] = make_constant(lambda: core_matrix(k), device)
     return _cores[key]
 
 
+def _core_in_graph(k: int, device: torch.device) -> Tensor:
+    """H_K out of the numbers that hold its signs: a traced graph takes one constant tensor of a function, and no second."""
+    words = torch.tensor(_core_words(k), dtype=torch.int64, device=device)  # (K · words)
+    bits = words.unsqueeze(-1) >> torch.arange(_WORD, device=device) & 1  # (K · words, 32)
+    return (1 - 2 * bits.view(k, -1)[:, :k]).to(torch.int8).contiguous()
+
+
+def _core_words(k: int) -> tuple[int, ...]:
+    """The signs of H_K, a row after the other, 32 to a number; a bit that is set is a minus."""
+    rows = [[int(v < 0) for v in row] for row in core_matrix(k).tolist()]
+    starts = range(0, k, _WORD)
+    return tuple(sum(bit << i for i, bit in enumerate(row[at : at + _WORD])) for row in rows for at in starts)
+
+
 def make_constant(make: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """A matrix to keep: a real tensor whatever mode (fake tensors, inference) its first caller is in, of static shape."""
+    """A matrix to keep: a real tensor whatever mode (fake tensors, inference) its first caller is in."""
     with _disable_current_modes(), torch.inference_mode(False):
-        matrix = make().to(device, copy=True)
-    matrix._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
-    return matrix
+        return make().to(device, copy=True)
 
 
-# torch.compiler.assume_constant_result, and mark_static above, without their import of the whole compiler: a traced graph
-# holds K and H_K as constants, of constant shape.
+# torch.compiler.assume_constant_result without its import of the whole compiler: a traced graph holds K and H_K as constants.
 _k_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_core_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_core_words._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Hadamard(torch.autograd.Function):
