@@ -245,6 +245,8 @@ def _tensor_parameter(key: str, value: Tensor, is_vector: bool, like: Tensor) ->
 
 
 def _number_parameter(name: str, key: str, value: Any) -> Any:
+    if torch.compiler.is_compiling():  # a traced graph cannot look into the catalogue
+        return tuple(value) if isinstance(value, (tuple, list)) else float(value)
     parameter = find(name).parameters[key]
     if parameter.is_vector:
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
