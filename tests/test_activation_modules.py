@@ -566,7 +566,7 @@ def test_the_words_of_timm(real_timm):
 @rows(
     "where", ["nn.activation", "nn.activation_from", "compat.timm", "compat.transformers", "swap", "registry"]
 )
-def test_examples_of_docstrings(where):
+def test_examples_of_docstrings(where, own_registry):
     if where == "compat.transformers":
         pytest.importorskip("transformers")
     module = importlib.import_module(f"torchlin.{where}")
