@@ -17,6 +17,7 @@ import battery
 import pytest
 import torch
 import torch.nn.functional as F
+from test_catalogue import TORCH
 from torch import Tensor
 
 from torchlin import registry
@@ -275,29 +276,6 @@ def test_the_table_of_bounds_is_not_loose():
 
 # ----------------------------------------------------------------------------------------- as torch has them
 
-TORCH = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "celu": F.celu,
-    "selu": F.selu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "mish": F.mish,
-    "softplus": F.softplus,
-    "softsign": F.softsign,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "logsigmoid": F.logsigmoid,
-    "hardtanh": F.hardtanh,
-    "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
-    "hardshrink": F.hardshrink,
-    "softshrink": F.softshrink,
-    "tanhshrink": F.tanhshrink,
-}
 # Kinks, zeros of both signs, the ends of what float32 has, and what is not finite.
 CORNERS = (
     0.0,
