@@ -1,6 +1,18 @@
 """Every family's functions in one flat namespace, as `torch.nn.functional`."""
 
 from torchlin.ops.activation import activation, gated_activation
+from torchlin.ops.grid import grid_decode, grid_dequantize, grid_encode, grid_linear
+from torchlin.ops.grid_codes import grid_pack, grid_unpack
 from torchlin.ops.hadamard import hadamard_transform
 
-__all__ = ["activation", "gated_activation", "hadamard_transform"]
+__all__ = [
+    "activation",
+    "gated_activation",
+    "grid_decode",
+    "grid_dequantize",
+    "grid_encode",
+    "grid_linear",
+    "grid_pack",
+    "grid_unpack",
+    "hadamard_transform",
+]
