@@ -10,6 +10,7 @@ The last vector of a row may be ragged: coordinates that do not exist count as n
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torchlin.ops.grid_codes import (
 _raw: Any = torch.ops.torchlin
 
 LARGEST_P = 8
+_LARGEST = 1e18  # its square, and the sum of eight, are float32 numbers
 _PIECE = 1 << 22  # distances that the reference holds at a time
 
 
@@ -49,7 +51,7 @@ def grid_encode(x: Tensor, grid: Tensor) -> Tensor:
 
     Raises:
         TypeError: x or grid is no floating tensor of these dtypes.
-        ValueError: a number of x is NaN or infinite, or the grid has another shape.
+        ValueError: a number of x is NaN, infinite or beyond 1e18 (distances would overflow), or the grid has another shape.
 
     Source: the encoder of any vector quantizer; its use on rotated weights is HIGGS, Malinovskii et al., "Pushing the limits
     of large language model quantization via the linearity theorem", 2024.
@@ -81,9 +83,10 @@ def _check_encode(x: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
     if grid.device != x.device:
         raise ValueError(f"grid must be on x's device {x.device}, got {grid.device}")
     # A traced graph cannot look at values.
-    if not torch.compiler.is_compiling() and not x.is_meta and not bool(x.detach().isfinite().all()):
-        bad = int((~x.isfinite()).sum())
-        raise ValueError(f"x must be finite to have a nearest grid point, got {bad} NaN or infinite numbers")
+    if not torch.compiler.is_compiling() and not x.is_meta and x.numel():
+        low, high = (float(v) for v in torch.aminmax(x.detach()))
+        if not (low >= -_LARGEST and high <= _LARGEST):  # NaN is not either
+            raise ValueError(f"x must be finite, of at most {_LARGEST:g}, got values from {low} to {high}")
     compute = compute_dtype(x.dtype)
     return x.detach().to(compute), grid.detach().to(compute)
 
@@ -153,19 +156,19 @@ def grid_decode_reference(codes: Tensor, grid: Tensor, size: int | None = None) 
 
 
 def _check_decode(codes: Tensor, grid: Tensor, size: int | None) -> tuple[Tensor, int]:
-    check_grid(grid)
-    codes = check_codes(codes, grid.shape[0])
+    n, p = check_grid(grid)
+    codes = check_codes(codes, n)
     if grid.device != codes.device:
         raise ValueError(f"grid must be on codes' device {codes.device}, got {grid.device}")
-    whole = codes.shape[-1] * grid.shape[1]
+    whole = codes.shape[-1] * p
     if size is None:
         return codes, whole
     if not isinstance(size, int) or isinstance(size, bool):
         raise TypeError(f"size must be an int or None, got {type(size).__name__}")
-    if not max(whole - grid.shape[1], -1) < size <= whole:
+    if not max(whole - p, -1) < size <= whole:
         raise ValueError(
-            f"size must be in ({max(whole - grid.shape[1], -1)}, {whole}] for {codes.shape[-1]} codes a row "
-            f"of {grid.shape[1]} coordinates, got {size}"
+            f"size must be in ({max(whole - p, -1)}, {whole}] for {codes.shape[-1]} codes a row of {p} coordinates, "
+            f"got {size}"
         )
     return codes, size
 
@@ -223,8 +226,7 @@ def _check_weight(
     packed: Tensor, scales: Tensor, grid: Tensor, in_features: int, block_size: int | None
 ) -> int:
     """The block size; packed, scales and grid fit each other and a weight of in_features columns."""
-    check_grid(grid)
-    n, p = grid.shape
+    n, p = check_grid(grid)
     check_packed(packed, n, -(-in_features // p))
     check_float_tensor("scales", scales)
     if packed.dim() != 2:
@@ -250,7 +252,7 @@ def _check_weight(
 
 
 def _dequantize(packed: Tensor, scales: Tensor, grid: Tensor, in_features: int, block_size: int) -> Tensor:
-    n, p = grid.shape
+    n, p = check_grid(grid)
     wide = torch.promote_types(compute_dtype(scales.dtype), grid.dtype)
     points = _decode(grid_unpack_reference(packed, n, -(-in_features // p)), grid.to(wide), in_features)
     return points * _a_scale_a_number(scales.to(wide), in_features, block_size)
@@ -350,7 +352,8 @@ def _linear(
 ) -> Tensor:
     weight = _dequantize(packed, scales, grid, x.shape[-1], block_size)
     wide = torch.promote_types(compute_dtype(x.dtype), weight.dtype)
-    y = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(x.dtype).to(wide))
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(x.dtype).to(wide))
     return y.to(x.dtype)
 
 
@@ -410,7 +413,8 @@ def _sum_blocks(x: Tensor, block_size: int) -> Tensor:
 # ---- what the grid has to be
 
 
-def check_grid(grid: object) -> None:
+def check_grid(grid: object) -> tuple[int, int]:
+    """(n, p) of a valid grid; a traced graph is specialised on them."""
     if not isinstance(grid, Tensor):
         raise TypeError(f"grid must be a torch.Tensor, got {type(grid).__name__}")
     if grid.dtype not in (torch.float32, torch.float64):
@@ -420,6 +424,7 @@ def check_grid(grid: object) -> None:
             f"grid must have shape (n, p) with 2 <= n <= {LARGEST_N} and 1 <= p <= {LARGEST_P}, "
             f"got {tuple(grid.shape)}"
         )
+    return operator.index(grid.shape[0]), operator.index(grid.shape[1])
 
 
 def _by_reference(*differentiable: Tensor) -> bool:

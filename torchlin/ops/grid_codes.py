@@ -51,6 +51,10 @@ def _width(n: int, digits: int) -> int:
     return (n**digits - 1).bit_length()
 
 
+# torch.compiler.assume_constant_result without its import of the whole compiler: a traced graph holds the layout as a constant.
+code_layout._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def packed_bytes(n: int, count: int) -> int:
     """Bytes of a row of `count` packed codes below n."""
     digits, width = code_layout(n)
