@@ -83,7 +83,8 @@ def quantize_(
             bar.advance(description=f"quantizing {target.names[0]}")
     _swap(swaps)
     _untie(model, targets)
-    _mark(model, config, any(target.kind == "experts" for target in targets))
+    if targets:
+        _mark(model, config)
     return QuantizationReport(tuple(layers), skipped, before, model_bytes(model), time.perf_counter() - start)
 
 
@@ -115,7 +116,7 @@ def dequantize_(model: nn.Module) -> tuple[str, ...]:
             key = (layer.codes.data_ptr(), getattr(layer, "transposed", False))
             new.weight = shared.setdefault(key, new.weight)
     _swap([(*_place(model, name), made[module]) for module, all_names in names.items() for name in all_names])
-    _unmark(model, [m for m in names if isinstance(m, GridBank)])
+    _unmark(model)
     return tuple(all_names[0] for all_names in names.values())
 
 
@@ -282,6 +283,11 @@ def _swap(swaps: list[Swap]) -> None:
         raise
 
 
+def put_in_place(model: nn.Module, made: Mapping[str, nn.Module | nn.Parameter]) -> None:
+    """Puts modules or parameters at their full names, all or none."""
+    _swap([(*_place(model, name), new) for name, new in made.items()])
+
+
 def _take(parent: nn.Module, name: str) -> Any:
     return parent._parameters[name] if name in parent._parameters else parent._modules[name]
 
@@ -340,12 +346,36 @@ def _untie(model: nn.Module, targets: list[Target]) -> None:
                     c.tie_word_embeddings = False
 
 
-def _mark(model: nn.Module, config: HiggsConfig, experts: bool) -> None:
+def _mark(model: nn.Module, config: HiggsConfig) -> None:
     """Lets transformers know that its model is quantized, so that save_pretrained writes it and from_pretrained reads it."""
+    from torchlin.quant.storage import is_transformers_model
+
+    run_experts_on_codes(model)
+    if is_transformers_model(model):
+        from torchlin.quant.transformers import HiggsQuantConfig, mark
+
+        model.config.quantization_config = HiggsQuantConfig(config)  # type: ignore[union-attr]
+        mark(model)
 
 
-def _unmark(model: nn.Module, banks: list[GridBank]) -> None:
-    """The opposite of _mark."""
+def _unmark(model: nn.Module) -> None:
+    from torchlin.quant.storage import is_transformers_model
+
+    if is_transformers_model(model):
+        from torchlin.quant.transformers import unmark
+
+        unmark(model)
+        if before := model.__dict__.pop("_torchlin_experts", None):
+            model.set_experts_implementation(before)  # type: ignore[operator]
+
+
+def run_experts_on_codes(model: Any) -> None:
+    """Lets transformers call experts one by one: its grouped kernels want the whole bank as one dense tensor."""
+    if hasattr(model, "set_experts_implementation") and any(isinstance(m, GridBank) for m in model.modules()):
+        before = model.get_experts_implementation()
+        if before != "eager":
+            model._torchlin_experts = before
+            model.set_experts_implementation("eager")
 
 
 # ---- reports
