@@ -393,15 +393,22 @@ class _GridLinear(torch.autograd.Function):
         block_size, wide = ctx.block_size, grad.to(compute_dtype(grad.dtype))
         grad_x = grad_scales = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = grid_dequantize(packed, scales, grid, ctx.in_features, block_size=block_size)
+            weight = _weight(packed, scales, grid, ctx.in_features, block_size)
             grad_x = (wide @ weight.to(wide.dtype)).to(ctx.dtype)
         if x is not None and ctx.needs_input_grad[2]:
             ones = torch.ones_like(scales, dtype=torch.float32)
-            points = grid_dequantize(packed, ones, grid, ctx.in_features, block_size=block_size)
+            points = _weight(packed, ones, grid, ctx.in_features, block_size)
             grad_scales = _sum_blocks(wide.mT @ x.to(wide.dtype) * points, block_size).to(scales.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
             grad_bias = wide.sum(0).to(ctx.bias_dtype)
         return grad_x, None, grad_scales, None, grad_bias, None
+
+
+def _weight(packed: Tensor, scales: Tensor, grid: Tensor, in_features: int, block_size: int) -> Tensor:
+    """grid_dequantize on arguments that are valid already: a traced backward can not look at a tensor's layout."""
+    if _by_reference(scales, grid):
+        return _dequantize(packed, scales, grid, in_features, block_size)
+    return _raw._grid_dequantize(packed, kernel_scales(scales), grid, in_features, block_size)
 
 
 def _sum_blocks(x: Tensor, block_size: int) -> Tensor:
