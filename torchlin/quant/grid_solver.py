@@ -80,9 +80,13 @@ def certify(points: Tensor, replications: int = 16, samples: int = 1 << 18) -> t
 # ---- optimal grids
 
 
-def solve(n: int, p: int, effort: float = 1.0) -> Made:
+def solve(n: int, p: int, effort: float = 1.0, seed: int = 0) -> Made:
     """The best grid that is found; `effort` multiplies the time that is taken. The same arguments give the same grid."""
-    points = _solve_plane(n, effort) if p == 2 and _built("_plane_search") else _solve_space(n, p, effort)
+    points = (
+        _solve_plane(n, effort, seed)
+        if p == 2 and _built("_plane_search")
+        else _solve_space(n, p, effort, seed)
+    )
     points = canonical(points)
     return Made(points, *certify(points))
 
@@ -94,23 +98,31 @@ def canonical(points: Tensor) -> Tensor:
     return rounded[torch.from_numpy(order.copy())] * UNIT
 
 
-def _solve_plane(n: int, effort: float) -> Tensor:
-    few = n <= 1024
-    starts = max(1, round(effort * min(40, 4000 / n)))
-    hops = round(effort * min(200, 20000 / n)) if few else 0
-    tolerance = 1e-11 if few else 1e-8
-    found = [_raw._plane_search(start, tolerance, 0, 0) for start in _plane_starts(n, starts)]
-    best = min(found, key=_plane_error)
-    return _raw._plane_search(best, tolerance, hops, n) if hops else best
+def _solve_plane(n: int, effort: float, seed: int) -> Tensor:
+    if n > 1024:  # every descent is long, and the best are close together
+        return _raw._plane_search(next(_plane_starts(n, 1, seed)), 1e-8, 0, 0)
+    best = best_descent(n, max(1, round(effort * min(40, 4000 / n))), seed)
+    return hop(best, round(effort * min(200, 20000 / n)), seed)
+
+
+def best_descent(n: int, starts: int, seed: int) -> Tensor:
+    """The best of this many descents in the plane."""
+    found = (_raw._plane_search(start, 1e-11, 0, 0) for start in _plane_starts(n, starts, seed))
+    return min(found, key=_plane_error)
+
+
+def hop(points: Tensor, hops: int, seed: int) -> Tensor:
+    """What basin hopping makes of a grid in the plane: a better one, or the stationary one nearby."""
+    return _raw._plane_search(points.double().contiguous(), 1e-11, hops, seed)
 
 
 def _plane_error(points: Tensor) -> float:
     return float(_raw._plane_cells(points)[2].sum())
 
 
-def _plane_starts(n: int, count: int) -> Iterator[Tensor]:
+def _plane_starts(n: int, count: int, seed: int) -> Iterator[Tensor]:
     """A sunflower first, then random points: both of the density of the best grids for many points, N(0, 2 I)."""
-    generator = torch.Generator().manual_seed(n)
+    generator = torch.Generator().manual_seed(seed)
     share = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     radius = torch.sqrt(-4 * torch.log1p(-share))
     angle = torch.arange(n, dtype=torch.float64) * math.pi * (3 - math.sqrt(5))
@@ -119,11 +131,13 @@ def _plane_starts(n: int, count: int) -> Iterator[Tensor]:
         yield torch.randn(n, 2, dtype=torch.float64, generator=generator) * math.sqrt(2)
 
 
-def _solve_space(n: int, p: int, effort: float) -> Tensor:
+def _solve_space(n: int, p: int, effort: float, seed: int) -> Tensor:
     batch = min(max(64 * n, 1 << 16), 1 << 21)
     starts = 4 if n <= 512 else 1
     steps = max(12, round(60 * effort))
-    found = [_lloyd(_space_start(n, p, k), steps, batch, k) for k in range(starts)]
+    found = [
+        _lloyd(_space_start(n, p, k), steps, batch, k) for k in range(starts * seed, starts * (seed + 1))
+    ]
     error = lambda points: float(sample_cells(normal_samples(batch, p, _SCALING, 0), points)[2].sum())  # noqa: E731
     return min(found, key=error)
 
