@@ -89,9 +89,11 @@ struct Rows {
 
 __device__ __forceinline__ uint64_t low_bits(int count) { return (uint64_t{1} << count) - 1; }
 
-// The words of a segment. Reads aligned words of 32 bits that hold a byte of this row; bits beyond the row are not its own.
-__device__ __forceinline__ uint64_t load_segment(const Rows& rows, int64_t row, int segment) {
-  const uintptr_t start = reinterpret_cast<uintptr_t>(rows.data) + row * rows.row_bytes;
+__device__ __forceinline__ const uint8_t* start_of(const Rows& rows, int64_t row) { return rows.data + row * rows.row_bytes; }
+
+// The words of a segment of the row at `row`. Reads aligned words of 32 bits that hold a byte of this row; bits beyond the row are not its own.
+__device__ __forceinline__ uint64_t load_segment(const Rows& rows, const uint8_t* row, int segment) {
+  const uintptr_t start = reinterpret_cast<uintptr_t>(row);
   const int ahead = static_cast<int>(start & 3), last = (ahead + static_cast<int>(rows.row_bytes) - 1) >> 2;
   const uint32_t* const words = reinterpret_cast<const uint32_t*>(start - ahead);
   const uint32_t bit = static_cast<uint32_t>(8 * ahead) + static_cast<uint32_t>(segment) * (rows.words * rows.width);

@@ -146,7 +146,7 @@ static __global__ void __launch_bounds__(kCodeThreads) grid_unpack(Pack a) {
   const int64_t row = global_thread() / a.words, w = global_thread() - row * a.words;
   if (row >= a.rows) return;
   const Rows rows{a.packed, a.row_bytes, a.width, a.digits, 1, a.radix};
-  uint64_t segment = load_segment(rows, row, static_cast<int>(w)), word = take_word(rows, segment);
+  uint64_t segment = load_segment(rows, start_of(rows, row), static_cast<int>(w)), word = take_word(rows, segment);
   TORCHLIN_NO_UNROLL
   for (int d = 0; d < a.digits; ++d) {
     const uint32_t digit = next_digit(rows, word, d);
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kCodeThreads) grid_dequantize(Dequantize a) {
   if (row >= a.row_count) return;
   const int p = P > 0 ? P : a.p;
   int k = segment * a.rows.words * a.rows.digits * p;
-  uint64_t bits = load_segment(a.rows, a.first_row + row, segment);
+  uint64_t bits = load_segment(a.rows, start_of(a.rows, a.first_row + row), segment);
   const int64_t to = row * a.in_features, scale_row = (a.first_row + row) * a.blocks;
   int block = a.blocks == 1 ? 0 : k / a.block_size, block_end = a.blocks == 1 ? a.in_features : (block + 1) * a.block_size;
   const Type scale_type = a.half_scales ? Type::f16 : Type::f32;

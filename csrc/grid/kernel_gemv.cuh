@@ -10,8 +10,7 @@
 namespace torchlin::grid {
 
 inline constexpr int kGemvThreads = 256, kGemvWarps = kGemvThreads / 32, kGemvRows = 4;
-template <int B>
-inline constexpr int kGemvBlocks = B == 1 ? 3 : 2;  // of a multiprocessor, as far as registers go
+inline constexpr int kGemvBlocks = 2;  // of a multiprocessor, as far as registers go
 inline constexpr int kWideCodes = 16;  // of 8 bits: 16 bytes
 
 // Where codes and points come from: 16-byte loads of 8-bit codes and the table in shared memory; words of any width and the
@@ -28,9 +27,9 @@ struct Codes<Source::wide> {
 };
 
 template <Source S>
-__device__ __forceinline__ Codes<S> load_codes(const Rows& rows, int row, int segment) {
+__device__ __forceinline__ Codes<S> load_codes(const Rows& rows, const uint8_t* row, int segment) {
   if constexpr (S == Source::wide) {
-    return {load_vec<Vec<uint32_t, 4>>(rows.data + row * rows.row_bytes + static_cast<int64_t>(segment) * 16)};
+    return {load_vec<Vec<uint32_t, 4>>(row + segment * 16)};
   } else {
     return {load_segment(rows, row, segment)};
   }
@@ -69,7 +68,7 @@ __device__ __forceinline__ float reduce(float (&v)[N]) {
   return v[0];
 }
 
-// Puts steps [first, first + count) of B rows of x into shared memory: [B][step][lookup][lane ^ lookup][P].
+// Puts steps [first, first + count) of B rows of x into shared memory: [step][lookup][B][lane ^ lookup][P].
 template <int P, int B>
 __device__ __forceinline__ void stage_x(const Linear& a, shared_ptr<float> x, int batch0, int first, int count, int lookups) {
   const int q = a.table.codes * a.table.p, numbers = count * 32 * lookups * P;
@@ -83,14 +82,15 @@ __device__ __forceinline__ void stage_x(const Linear& a, shared_ptr<float> x, in
       const int k = ((first * 32 + segment) * lookups + lookup) * q + i;
       const float v = exists && i < q && k < a.in_features ? load_float(a.x, a.type, row + k) : 0.0f;
       const int lane = segment % 32, step = segment / 32;
-      x[(((b * a.chunk + step) * lookups + lookup) * 32 + (lane ^ (lookup & 31))) * P + i] = v;
+      x[(((step * lookups + lookup) * B + b) * 32 + (lane ^ (lookup & 31))) * P + i] = v;
     }
   }
 }
 
 template <int P, int B, Source S>
-__global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<B>) grid_gemv(Linear a) {
+__global__ void __launch_bounds__(kGemvThreads, kGemvBlocks) grid_gemv(Linear a) {
   constexpr int R = kGemvRows, N = R * B;
+  constexpr bool kAhead = B == 1;  // codes are loaded a step early; else there is work enough to wait behind, and no registers
   const int lookups = S == Source::wide ? kWideCodes : a.rows.words * a.rows.digits;
   const int log_stride = S == Source::wide ? 5 : a.table.log_stride;
   const shared_ptr<float> table = dynamic_shared<float>();
@@ -106,20 +106,22 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<B>) grid_gemv(Linear
   TORCHLIN_NO_UNROLL
   for (int first = static_cast<int>(blockIdx.x); first < groups; first += static_cast<int>(gridDim.x) * slots) {
     const int row0 = (first + slot * static_cast<int>(gridDim.x)) * R;
-    int row[R];
-    static_for<R>([&](auto r) { row[r.value] = smaller_of(row0 + r.value, a.out_features - 1); });
+    // The last group begins early enough to be whole, and all but its own rows are dropped at the end.
+    const int base = smaller_of(row0, a.out_features > R ? a.out_features - R : 0);
+    const auto row_of_group = [&](int r) { return smaller_of(r, a.out_features - 1); };
+    const uint8_t* const start = start_of(a.rows, base);
     float sum[R][B] = {}, scale[R] = {};
     const auto set_scales = [&](int k) {
       const int block = a.blocks == 1 ? 0 : smaller_of(k / a.block_size, a.blocks - 1);
-      static_for<R>([&](auto r) { scale[r.value] = load_scale(a, row[r.value], block); });
+      static_for<R>([&](auto r) { scale[r.value] = load_scale(a, base + row_of_group(r.value), block); });
     };
     if (a.blocks == 1) set_scales(0);
     const auto segment_of = [&](int step) { return smaller_of(step * 32 + lane, a.segments - 1); };
     Codes<S> next[R] = {};
     const auto load = [&](int step) {
-      static_for<R>([&](auto r) { next[r.value] = load_codes<S>(a.rows, row[r.value], segment_of(step)); });
+      static_for<R>([&](auto r) { next[r.value] = load_codes<S>(a.rows, start + row_of_group(r.value) * a.rows.row_bytes, segment_of(step)); });
     };
-    if (split < a.steps) load(split);
+    if (kAhead && split < a.steps) load(split);
     if (first == static_cast<int>(blockIdx.x) && S != Source::global) {
       fill_table<P, P>(a.table, shared_cast<uint32_t>(table), kGemvThreads, [](const float(&v)[P]) {
         Vec<uint32_t, P> words;
@@ -138,31 +140,32 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<B>) grid_gemv(Linear
       TORCHLIN_NO_UNROLL
       for (int step = chunk0 + split; step < end; step += a.splits) {
         Codes<S> codes[R];
+        if (!kAhead) load(step);
         static_for<R>([&](auto r) { codes[r.value] = next[r.value]; });
         // The next step of this chunk, or this warp's first of the next one.
         const int following = step + a.splits < end ? step + a.splits : end + split;
-        if (following < a.steps) load(following);
+        if (kAhead && following < a.steps) load(following);
         const int k0 = segment_of(step) * weights;
         if (a.blocks > 1 && (S == Source::wide || !a.fine)) set_scales(k0);
-        const shared_ptr<float> x_step = x + (step - chunk0) * lookups * 32 * P;
+        const shared_ptr<float> x_step = x + (step - chunk0) * lookups * B * 32 * P;
         // One lookup in each of the rows, times x; at most four coordinates at a time.
         const auto multiply = [&](int lookup, const uint32_t(&entry)[R]) {
           if (S != Source::wide && a.fine) set_scales(k0 + lookup * a.table.codes * a.table.p);
-          const shared_ptr<float> at = x_step + (lookup * 32 + (lane ^ (lookup & 31))) * P;
+          const shared_ptr<float> at = x_step + lookup * B * 32 * P + (lane ^ (lookup & 31)) * P;
           constexpr int Q = P < 4 ? P : 4;
-          static_for<P / Q>([&](auto part) {
-            constexpr int kOffset = part.value * Q;
+          TORCHLIN_NO_UNROLL
+          for (int offset = 0; offset < P; offset += Q) {
             Vec<float, Q> point[R];
             static_for<R>([&](auto r) {
               const uint32_t e = entry[r.value];
               if constexpr (S == Source::global) {
-                point[r.value] = load_global<Q>(a.table.grid + static_cast<int64_t>(e) * P + kOffset);
+                point[r.value] = load_global<Q>(a.table.grid + static_cast<int64_t>(e) * P + offset);
               } else {
-                point[r.value] = load_numbers<Q>(own + static_cast<int>(e << log_stride) + kOffset);
+                point[r.value] = load_numbers<Q>(own + static_cast<int>(e << log_stride) + offset);
               }
             });
             if constexpr (B == 1) {
-              const auto v = load_numbers<Q>(at + kOffset);
+              const auto v = load_numbers<Q>(at + offset);
               static_for<R>([&](auto r) {
                 float product = point[r.value][0] * v[0];
                 static_for<Q - 1>([&](auto i) { product = fused(point[r.value][i.value + 1], v[i.value + 1], product); });
@@ -171,7 +174,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<B>) grid_gemv(Linear
             } else {
               static_for<R>([&](auto r) { static_for<Q>([&](auto i) { point[r.value][i.value] *= scale[r.value]; }); });
               static_for<B>([&](auto b) {
-                const auto v = load_numbers<Q>(at + b.value * a.chunk * lookups * 32 * P + kOffset);
+                const auto v = load_numbers<Q>(at + b.value * 32 * P + offset);
                 static_for<R>([&](auto r) {
                   static_for<Q>([&](auto i) {
                     sum[r.value][b.value] = fused(point[r.value][i.value], v[i.value], sum[r.value][b.value]);
@@ -179,16 +182,32 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<B>) grid_gemv(Linear
                 });
               });
             }
-          });
+          }
         };
         uint32_t entry[R];
         if constexpr (S == Source::wide) {
-          static_for<kWideCodes>([&](auto j) {
-            static_for<R>([&](auto r) {
-              entry[r.value] = codes[r.value].bits[j.value / 4] >> 8 * (j.value % 4) & 0xff;
+          // Not all at once: the compiler would load ahead until registers run out.
+          constexpr int kAtOnce = B == 1 ? 8 : B == 4 ? 4 : 2;
+          TORCHLIN_NO_UNROLL
+          for (int j0 = 0; j0 < kWideCodes; j0 += kAtOnce) {
+            static_for<kAtOnce>([&](auto j) {
+              static_for<R>([&](auto r) {
+                entry[r.value] = codes[r.value].bits[j.value / 4] >> 8 * (j.value % 4) & 0xff;
+              });
+              multiply(j0 + j.value, entry);
             });
-            multiply(j.value, entry);
-          });
+            static_for<R>([&](auto r) {
+              auto& bits = codes[r.value].bits;
+              constexpr int kWords = kAtOnce / 4;
+              if constexpr (kWords > 0) {
+                static_for<4 - kWords>([&](auto i) { bits[i.value] = bits[i.value + kWords]; });
+              } else {
+                static_for<4>([&](auto i) {
+                  bits[i.value] = funnel_right(bits[i.value], i.value < 3 ? bits[(i.value + 1) % 4] : 0, 8 * kAtOnce);
+                });
+              }
+            });
+          }
         } else if (a.rows.digits == 1) {
           TORCHLIN_NO_UNROLL
           for (int w = 0; w < a.rows.words; ++w) {
@@ -217,11 +236,12 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<B>) grid_gemv(Linear
     static_for<N>([&](auto i) { v[i.value] = sum[i.value / B][i.value % B]; });
     const float reduced = reduce(v);
     const int i = lane / (32 / N);
-    const auto store = [&](int at_row, int at_batch, float s) {
-      if (at_row < a.out_features && at_batch < a.batch) store_sum(a, at_batch, at_row, s);
+    const auto store = [&](int own_row0, int at, float s) {
+      const int row = smaller_of(own_row0, a.out_features > R ? a.out_features - R : 0) + at / B, b = batch0 + at % B;
+      if (row >= own_row0 && row < a.out_features && b < a.batch) store_sum(a, b, row, s);
     };
     if (a.splits == 1) {
-      if (lane % (32 / N) == 0) store(row0 + i / B, batch0 + i % B, reduced);
+      if (lane % (32 / N) == 0) store(row0, i, reduced);
     } else {
       if (lane % (32 / N) == 0) sums[warp * N + i] = reduced;
       __syncthreads();
@@ -229,7 +249,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<B>) grid_gemv(Linear
       if (t < slots * N) {
         float s = 0;
         for (int part_of = 0; part_of < a.splits; ++part_of) s += sums[(t / N * a.splits + part_of) * N + t % N];
-        store((first + t / N * static_cast<int>(gridDim.x)) * R + t % N / B, batch0 + t % B, s);
+        store((first + t / N * static_cast<int>(gridDim.x)) * R, t % N, s);
       }
       __syncthreads();
     }

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1) grid_mma(Linear a) {
     Codes<S> next[2 * M] = {};
     const auto load = [&](int step) {
       const int segment = place_of(a, one_block, step, t, segments_of_block, steps_of_block).segment;
-      static_for<2 * M>([&](auto i) { next[i.value] = load_codes<S>(a.rows, row[i.value], segment); });
+      static_for<2 * M>([&](auto i) { next[i.value] = load_codes<S>(a.rows, start_of(a.rows, row[i.value]), segment); });
     };
     if (split < a.steps) load(split);
     if (first == static_cast<int>(blockIdx.x)) {

@@ -299,7 +299,8 @@ class Planner {
 
     const size_t step = static_cast<size_t>(lookups) * 32 * static_cast<size_t>(plan_.coordinates) * 4;
     for (const int b : {8, 4, 1}) {
-      if ((b == 8 && a.batch <= (global ? 1 : 4)) || (b == 4 && (a.batch == 1 || global))) continue;
+      const bool there = b == 1 || (b == 4 ? !global : global || plan_.coordinates < 8);
+      if (!there || (b == 8 && a.batch <= (global ? 1 : 4)) || (b == 4 && a.batch == 1)) continue;
       const size_t sums = static_cast<size_t>(kGemvWarps * kGemvRows * b) * 4, step_bytes = step * static_cast<size_t>(b);
       if (table + step_bytes + sums > limit) continue;
       const size_t wanted = std::max(step_bytes, size_t{b == 1 ? 32u << 10 : 64u << 10});
@@ -307,7 +308,7 @@ class Planner {
                                                     static_cast<size_t>(std::max(a.steps, 1))));
       plan_.columns = b, plan_.shared_bytes = table + step_bytes * static_cast<size_t>(a.chunk) + sums;
       // Every block has 1 KiB to itself beside what it asks for.
-      const int64_t resident = std::min<int64_t>(b == 1 ? kGemvBlocks<1> : kGemvBlocks<8>, (limit + 1024) / (plan_.shared_bytes + 1024));
+      const int64_t resident = std::min<int64_t>(kGemvBlocks, (limit + 1024) / (plan_.shared_bytes + 1024));
       const int64_t groups = detail::ceil_div(a.out_features, kGemvRows), blocks = resident * device_.multiprocessors;
       a.splits = splits_of(groups, blocks * kGemvWarps, std::min(kGemvWarps, a.chunk));
       plan_.grid_x = static_cast<unsigned>(std::clamp<int64_t>(detail::ceil_div(groups * a.splits, kGemvWarps), 1, blocks));
@@ -343,7 +344,7 @@ void run_gemv(const Plan& plan, Launcher&& launch) {
   if constexpr (B != 4) {
     if (plan.source == Source::global) return go(grid_gemv<P, B, Source::global>);
   }
-  go(grid_gemv<P, B, Source::shared>);
+  if constexpr (P < 8 || B < 8) return go(grid_gemv<P, B, Source::shared>);  // registers do not suffice for both
 }
 
 template <int P, Tiling T, class Launcher>
