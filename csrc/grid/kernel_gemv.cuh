@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks) grid_gemv(Linear a)
       const int block = a.blocks == 1 ? 0 : smaller_of(k / a.block_size, a.blocks - 1);
       static_for<R>([&](auto r) { scale[r.value] = load_scale(a, base + row_of_group(r.value), block); });
     };
-    if (a.blocks == 1) set_scales(0);
+    if (a.blocks == 1 && a.steps > 0) set_scales(0);
     const auto segment_of = [&](int step) { return smaller_of(step * 32 + lane, a.segments - 1); };
     Codes<S> next[R] = {};
     const auto load = [&](int step) {

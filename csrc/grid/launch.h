@@ -171,7 +171,7 @@ class Planner {
     a.blocks = static_cast<int>(w.blocks());
     a.block_size = static_cast<int>(std::clamp<int64_t>(w.block_size, 1, std::max<int64_t>(w.in_features, 1)));
     const bool wide_type = type == Type::f32;
-    if (!wide_type && batch > 4 && batch <= kDenseMma && plan_mma()) return;
+    if (!wide_type && batch > 4 && batch <= kDenseMma && w.in_features > 0 && plan_mma()) return;
     const int64_t dense = wide_type ? kDenseFloat : kDenseOther;
     if (batch > dense && w.in_features > 0) {
       plan_.path = Path::dense;

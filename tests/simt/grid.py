@@ -62,9 +62,7 @@ class Device:
         self.module.unpack(_address(packed), _address(codes), packed.shape[0], count, n, self.seed)
         return codes
 
-    def _weight(
-        self, packed: Tensor, scales: Tensor, grid: Tensor, in_features: int, block_size: int
-    ) -> Any:
+    def _weight(self, packed: Tensor, scales: Tensor, grid: Tensor, in_features: int, block_size: int) -> Any:
         assert scales.dtype in (torch.float16, torch.float32)
         half = scales.dtype is torch.float16
         addresses = _address(packed), _address(scales), half, _address(grid)
