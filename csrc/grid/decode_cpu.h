@@ -1,4 +1,4 @@
-// Points of codes, and the weights that packed rows stand for.
+// Points of codes, and the weights that packed rows stand for, in their order.
 
 template <class Code>
 inline void decode_codes(const Code* codes, const float* grid, int64_t n, int64_t p, float* points, int64_t begin, int64_t end) {
@@ -21,22 +21,69 @@ TORCHLIN_INLINE float scale_at(const grid::Weight& w, int64_t row, int64_t block
   return w.half_scales ? to_float(static_cast<const f16*>(w.scales)[i]) : static_cast<const float*>(w.scales)[i];
 }
 
-// Row `row` into `to`, which has room for whole vectors of p; `codes` for those of a row.
-inline void dequantize_row(const grid::Weight& w, int64_t row, uint16_t* codes, float* to) {
-  unpack_codes(w.packed + row * w.row_bytes, w.row_bytes, w.layout, static_cast<uint32_t>(w.n), 0, w.count, codes);
-  decode_codes(codes, w.grid, w.n, w.p, to, 0, w.count);
-  for (int64_t b = 0; b < w.blocks; ++b) {
-    const float scale = scale_at(w, row, b);
-    const int64_t from = b * w.block, until = w.in - from < w.block ? w.in : from + w.block;
-    for (int64_t i = from; i < until; ++i) to[i] *= scale;
+// Codes are valid. A point is copied whole, with what fills it up, and the next overwrites that: `to` has room for
+// kCopySlack floats more.
+inline constexpr int kCopySlack = 8;
+
+template <int P, class Code>
+TORCHLIN_INLINE void copy_points(const Code* codes, int64_t size, const float* table, float* to) {
+  constexpr int kStep = static_cast<int>(grid::table_step(P));
+  for (int64_t i = 0; i < size; ++i) std::memcpy(to + i * P, table + int64_t{codes[i]} * kStep, kStep * sizeof(float));
+}
+
+template <class Code>
+inline void copy_points_of(int64_t p, const Code* codes, int64_t size, const float* table, float* to) {
+  switch (p) {
+    case 1: {
+      constexpr int W = kLanes<float>;
+      int64_t i = 0;
+      for (; i + W <= size; i += W) {
+        typename vector_of<Code, W>::type narrow;
+        std::memcpy(&narrow, codes + i, sizeof narrow);
+        store(to + i, gather(table, __builtin_convertvector(narrow, V<int32_t>)));
+      }
+      return copy_points<1>(codes + i, size - i, table, to + i);
+    }
+    case 2: return copy_points<2>(codes, size, table, to);
+    case 3: return copy_points<3>(codes, size, table, to);
+    case 4: return copy_points<4>(codes, size, table, to);
+    case 5: return copy_points<5>(codes, size, table, to);
+    case 6: return copy_points<6>(codes, size, table, to);
+    case 7: return copy_points<7>(codes, size, table, to);
+    case 8: return copy_points<8>(codes, size, table, to);
+    default: return;
   }
 }
 
-inline void dequantize_rows(const grid::Weight& w, float* weight, int64_t begin, int64_t end) {
-  uint16_t* codes = grid::Scratch::get<uint16_t>(grid::Purpose::kCodes, w.count);
-  float* row = grid::Scratch::get<float>(grid::Purpose::kRow, w.count * w.p);
+// Codes [begin, begin + size) of a row as points; `codes` is memory for as many.
+inline void points_of_row(const grid::Weight& w, int64_t row, int64_t begin, int64_t size, const float* table, uint16_t* codes,
+                          float* to) {
+  const uint8_t* packed = w.packed + row * w.row_bytes;
+  if (w.n == 256) return copy_points_of(w.p, packed + begin, size, table, to);
+  unpack_codes(packed, w.row_bytes, w.layout, static_cast<uint32_t>(w.n), begin, size, codes);
+  copy_points_of(w.p, codes, size, table, to);
+}
+
+// Numbers [begin, end) of a row, at `to`, times their scales.
+inline void apply_scales(const grid::Weight& w, int64_t row, int64_t begin, int64_t end, float* to) {
+  for (int64_t i = begin; i < end;) {
+    const int64_t b = i / w.block, until = std::min(end, w.block >= w.in ? w.in : (b + 1) * w.block);
+    const float scale = scale_at(w, row, b);
+    for (; i < until; ++i) to[i - begin] *= scale;
+  }
+}
+
+inline constexpr int64_t kCodesAtATime = 48 * 16;  // whole words, and whole bytes
+
+inline void dequantize_rows(const grid::Weight& w, const float* table, float* weight, int64_t begin, int64_t end) {
+  alignas(64) uint16_t codes[kCodesAtATime];
+  alignas(64) float points[kCodesAtATime * grid::kMostCoordinates + kCopySlack];
   for (int64_t r = begin; r < end; ++r) {
-    dequantize_row(w, r, codes, row);
-    std::memcpy(weight + r * w.in, row, static_cast<size_t>(w.in) * sizeof(float));
+    for (int64_t c = 0; c < w.count; c += kCodesAtATime) {
+      const int64_t first = c * w.p, last = std::min(w.in, (c + kCodesAtATime) * w.p);
+      points_of_row(w, r, c, std::min(kCodesAtATime, w.count - c), table, codes, points);
+      apply_scales(w, r, first, last, points);
+      std::memcpy(weight + r * w.in + first, points, static_cast<size_t>(last - first) * sizeof(float));
+    }
   }
 }

@@ -9,7 +9,7 @@
 
 namespace torchlin::grid {
 
-enum class Purpose { kX, kRow, kCodes, kTable, kSums, kCount };
+enum class Purpose { kReady, kTable, kCodes, kWeights, kSums, kScales, kCount };
 using Scratch = ScratchOf<Purpose>;
 
 struct Weight {
@@ -23,20 +23,27 @@ struct Weight {
   Layout layout;
 };
 
-// One call of the linear layer. `x` and `y` are rows of the element type whose kernel runs.
+// One call of the linear layer. `x`, `bias` (or null) and `y` are of the element type whose kernel runs.
 struct Linear {
   Weight weight;
   const void* x;
-  const void* bias;  // or null
+  const void* bias;
   void* y;
   int64_t batch;
-  const float* ready = nullptr;  // x, as `prepare` left it
+  const float* ready = nullptr;  // what `prepare` made of x and the grid
+};
+
+// What scales the steps of permute_cpu.h: nothing where a row has one scale.
+struct PermutePlan {
+  int64_t steps;
+  const int32_t* first;
+  const int32_t* lane;
 };
 
 // Of one element type.
 struct LinearKernel {
-  int64_t (*prepared)(const Linear&);              // floats that `prepare` writes
-  void (*prepare)(const Linear&, float* ready);    // x as the rows read it, once a call
+  int64_t (*prepared)(const Linear&);                       // floats that `prepare` writes
+  void (*prepare)(const Linear&, float* ready);             // once a call
   void (*rows)(const Linear&, int64_t begin, int64_t end);  // outputs [begin, end) of every row of x
 };
 
@@ -45,8 +52,17 @@ struct Kernel {
   void (*decode)(const void* codes, const float* grid, int64_t n, int64_t p, float* points, int64_t begin, int64_t end);
   void (*pack)(const void* codes, int64_t count, int64_t n, uint8_t* packed, int64_t begin, int64_t end);
   void (*unpack)(const uint8_t* packed, int64_t n, int64_t count, void* codes, int64_t begin, int64_t end);
-  void (*dequantize)(const Weight&, float* weight, int64_t begin, int64_t end);
+  void (*dequantize)(const Weight&, const float* table, float* weight, int64_t begin, int64_t end);
   LinearKernel linear[3];  // float, f16, bf16
 };
+
+// Points as the lookups read them: 1, 4 or 8 coordinates each, filled up with zeros.
+constexpr int64_t table_step(int64_t p) { return p == 1 ? 1 : p <= 4 ? 4 : 8; }
+
+inline void fill_table(const float* grid, int64_t n, int64_t p, int64_t step, float* table) {
+  for (int64_t c = 0; c < n; ++c) {
+    for (int64_t q = 0; q < step; ++q) table[c * step + q] = q < p ? grid[c * p + q] : 0;
+  }
+}
 
 }  // namespace torchlin::grid

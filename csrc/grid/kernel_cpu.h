@@ -1,8 +1,8 @@
 // The family's kernels at one CPU level (simd/foreach_isa.h).
 #include "grid/codes_cpu.h"
-#include "grid/decode_cpu.h"
 #include "grid/nearest_cpu.h"
 #include "grid/encode_cpu.h"
+#include "grid/decode_cpu.h"
 #include "grid/linear_cpu.h"
 
 inline constexpr grid::Kernel kKernel = {

@@ -163,9 +163,17 @@ Tensor grid_dequantize(const Tensor& packed, const Tensor& scales, const Tensor&
   const Weight w = weight_of(packed, scales, grid, in_features, block_size);
   Tensor weight = empty(packed, w.out, w.in, ScalarType::Float);
   float* to = static_cast<float*>(weight.mutable_data_ptr());
+  if (weight.numel() == 0) return weight;
+  const float* table = w.grid;
+  if (const int64_t step = grid::table_step(w.p); step != w.p) {
+    float* filled = Scratch::get<float>(Purpose::kTable, w.n * step);
+    grid::fill_table(w.grid, w.n, w.p, step, filled);
+    table = filled;
+  }
   const auto& kernel = grid_kernel();
   parallel_for(w.out, rows_worth_a_thread(w.in),
-               [&](int64_t begin, int64_t end) { kernel.dequantize(w, to, begin, end); });
+               [&](int64_t begin, int64_t end) { kernel.dequantize(w, table, to, begin, end); });
+  Scratch::trim();
   return weight;
 }
 
@@ -187,7 +195,7 @@ Tensor grid_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, 
   job.bias = bias ? bias->const_data_ptr() : nullptr;
   job.y = y.mutable_data_ptr();
   const auto& kernel = grid_kernel().linear[dtype == ScalarType::Float ? 0 : dtype == ScalarType::Half ? 1 : 2];
-  float* ready = Scratch::get<float>(Purpose::kX, kernel.prepared(job));
+  float* ready = Scratch::get<float>(Purpose::kReady, kernel.prepared(job));
   kernel.prepare(job, ready);
   job.ready = ready;
   parallel_for(job.weight.out, rows_worth_a_thread(job.weight.in),
