@@ -182,7 +182,7 @@ def grid_of_same_rate(g: Grid) -> float:
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if "-p2-" in name])
 def test_error_in_the_plane_is_that_of_a_mesh(name):
-    """By the trapezoidal rule on a mesh, which knows nothing of cells; their borders, kinks, leave it an error of 1e-6 and more."""
+    """By the trapezoidal rule on a mesh, which knows nothing of cells; their borders are kinks and leave it an error."""
     _, _, n, _ = name.split("-")
     g = grid(int(n[1:]), 2)
     step = 0.01
@@ -192,7 +192,7 @@ def test_error_in_the_plane_is_that_of_a_mesh(name):
     codes = grid_encode(z, g.points).flatten().long()
     distance = (z.double() - g.points.double()[codes]).square().sum(1).view(len(axis), len(axis))
     mesh = float(weight @ distance @ weight) / 2
-    assert abs(mesh - g.mse) < max(3e-6, 2e-8 * g.n) * g.mse
+    assert abs(mesh - g.mse) < (3e-6 if g.n < 200 else 2e-5) * g.mse
 
 
 @built
@@ -453,7 +453,8 @@ def test_a_grid_is_made_once():
     assert grid(16).id == "optimal-p1-n16-v1"
     assert (grid(16).bits, grid(88, 2).bits, grid(8, 2).bits) == (4, 3.25, 1.5)
     assert repr(grid(4)) == "Grid('optimal-p1-n4-v1', mse=0.117482, bits=2)"
-    assert grid(4) == grid_copy(grid(4)) and hash(grid(4)) == hash(grid_copy(grid(4)))
+    assert grid(4) == grid_copy(grid(4))
+    assert hash(grid(4)) == hash(grid_copy(grid(4)))
     assert grid(4) != grid(4, kind="uniform")
 
 
