@@ -463,6 +463,18 @@ class ExpertWeight:
         return func(*_dense(args), **_dense(kwargs))
 
 
+def _operator(name: str) -> Callable[..., Any]:
+    def run(self: GridBank | ExpertWeight, *arguments: Any) -> Any:
+        return getattr(_dense(self), name)(*_dense(arguments))
+
+    return run
+
+
+# Python looks operators up in the class, where __getattr__ is not asked.
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "rmatmul", "neg"):
+    for _class in (GridBank, ExpertWeight):
+        setattr(_class, f"__{_name}__", _operator(f"__{_name}__"))
+
 _MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 

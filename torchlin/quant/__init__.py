@@ -2,6 +2,7 @@
 
 from torchlin._when_imported import when_imported
 from torchlin.quant.config import HiggsConfig
+from torchlin.quant.grids import Grid, grid, grid_from_points
 from torchlin.quant.quantize import dequantize_, quantize_
 from torchlin.quant.report import LayerReport, QuantizationReport
 from torchlin.quant.rotate import RotationReport, rotate_
@@ -22,12 +23,15 @@ def register_with_transformers() -> None:
 when_imported("transformers.quantizers.auto", register_with_transformers)
 
 __all__ = [
+    "Grid",
     "HiggsConfig",
     "LayerReport",
     "QuantizationReport",
     "RotationReport",
     "StorageError",
     "dequantize_",
+    "grid",
+    "grid_from_points",
     "load",
     "quantize_",
     "register_with_transformers",

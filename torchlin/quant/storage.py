@@ -286,6 +286,7 @@ def grid_to_dict(grid: Grid) -> dict[str, Any]:
         "p": grid.p,
         "version": grid.version,
         "mse": grid.mse,
+        "mse_error": grid.mse_error,
         "points": base64.b64encode(points).decode("ascii"),
         "sha256": hashlib.sha256(points).hexdigest(),
     }
@@ -302,7 +303,8 @@ def grid_from_dict(values: Mapping[str, Any]) -> Grid:
     try:
         name, n, p = values["id"], values["n"], values["p"]
         raw = base64.b64decode(values["points"], validate=True)
-        mse, kind, version, checksum = (values[key] for key in ("mse", "kind", "version", "sha256"))
+        mse, mse_error, kind = values["mse"], values["mse_error"], values["kind"]
+        version, checksum = values["version"], values["sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(f"a grid is not described as it has to be: {error!r}") from None
     if hashlib.sha256(raw).hexdigest() != checksum:
@@ -312,7 +314,7 @@ def grid_from_dict(values: Mapping[str, Any]) -> Grid:
     points = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(n, p)
     if not bool(points.isfinite().all()):
         raise StorageError(f"grid {name!r}: a point is NaN or infinite")
-    grid = Grid(points=points, kind=kind, version=version, mse=mse)
+    grid = Grid(points, kind, version, mse, mse_error)
     if grid.id != name:
         raise StorageError(f"grid {name!r} says that it is {grid.id!r}")
     return grid
