@@ -107,7 +107,7 @@ class Op:
     isa: Callable[[], Iterable[contextlib.AbstractContextManager[Any]]] = field(
         default=lambda: cpu_isa_levels()
     )
-    skip: Mapping[str, str] = field(default_factory=dict)  # check -> why it cannot hold
+    skip: Mapping[str, str] = field(default_factory=dict)  # check or check/dtype -> why it cannot hold
 
     def __hash__(self) -> int:
         return id(self)
@@ -159,7 +159,8 @@ def tests(*ops: Op) -> Callable[..., None]:
                             dtype_name(dtype),
                             sample.name,
                         ]
-                        marks = [pytest.mark.skip(reason=op.skip[name])] if name in op.skip else []
+                        reason = op.skip.get(name) or op.skip.get(f"{name}/{dtype_name(dtype)}")
+                        marks = [pytest.mark.skip(reason=reason)] if reason else []
                         run = lambda op=op, chk=chk, sample=sample: chk.run(op, sample)  # noqa: E731
                         items.append(pytest.param(run, id="/".join(parts), marks=marks))
 
@@ -207,7 +208,7 @@ def _sliced(t: Tensor) -> Tensor:
 
 def _padded(t: Tensor) -> Tensor:
     width = t.shape[-1] + 3
-    room = _storage(t, t.numel() // max(t.shape[-1], 1) * width).view(*t.shape[:-1], width)
+    room = _storage(t, math.prod(t.shape[:-1]) * width).view(*t.shape[:-1], width)
     return room[..., : t.shape[-1]].copy_(t)
 
 
@@ -378,7 +379,7 @@ def check_samples(op: Op) -> None:
         assert [s.name for s in samples_of(op, "cpu", dtype)] == names, (
             f"{op.name}: other samples for {dtype}"
         )
-    unknown = {n for n in op.skip if n not in CHECKS and not n.startswith("samples:")}
+    unknown = {n for n in op.skip if n.split("/")[0] not in CHECKS and not n.startswith("samples:")}
     assert not unknown, f"{op.name}: skips {sorted(unknown)}, which no check is called"
     assert all(op.skip.values()), f"{op.name}: every skipped check needs its reason"
     kinds: dict[str, Callable[[Tensor], bool]] = {

@@ -86,17 +86,18 @@ def decode_samples(device: torch.device, dtype: torch.dtype) -> Iterator[battery
     yield battery.Sample("n88-p3", grid(88, 3), codes_of(88, 7, 11, device=device))
     yield battery.Sample("n300-p4", grid(300, 4), codes_of(300, 9, 2, device=device), 5)
     yield battery.Sample("n16-p8", grid(16, 8), codes_of(16, 3, device=device))
-    yield battery.Sample("empty", grid(16, 2), codes_of(16, 0, 4, device=device))
+    # torch cannot batch the gradient of an embedding of nothing.
+    yield battery.Sample("empty", grid(16, 2).detach(), codes_of(16, 0, 4, device=device))
     yield battery.Sample("large", grid(16, 2), codes_of(16, 40000, 2, device=device))
 
 
 def pack_samples(device: torch.device, dtype: torch.dtype) -> Iterator[battery.Sample]:
-    for n in (2, 3, 4, 5, 8, 16, 30, 64, 88, 256, 830, 4096, 65536):
+    for n in (2, 8, 88, 256, 830, 65536):  # all others: test_packing_is_lossless_and_canonical
         yield battery.Sample(f"7x33-n{n}", codes_of(n, 7, 33, device=device), n)
     yield battery.Sample("1-n16", codes_of(16, 1, device=device), 16)
     yield battery.Sample("2x3x4x5-n64", codes_of(64, 2, 3, 4, 5, device=device), 64)
     yield battery.Sample("0x5-n16", codes_of(16, 0, 5, device=device), 16)
-    yield battery.Sample("300x301-n8", codes_of(8, 300, 301, device=device), 8)
+    yield battery.Sample("600x301-n8", codes_of(8, 600, 301, device=device), 8)
 
 
 def unpack_samples(device: torch.device, dtype: torch.dtype) -> Iterator[battery.Sample]:
@@ -122,7 +123,7 @@ def weight_samples(device: torch.device, dtype: torch.dtype) -> Iterator[battery
     yield sample("3x30-n830-p3", 3, 30, 830, 3, 12)
     yield sample("2x40-n300-p8", 2, 40, 300, 8, 16)
     yield sample("0x8-n16", 0, 8, 16, 1)
-    yield sample("300x256-n256-p2", 300, 256, 256, 2, 64)
+    yield sample("600x256-n256-p2", 600, 256, 256, 2, 64)
 
 
 def linear_samples(device: torch.device, dtype: torch.dtype) -> Iterator[battery.Sample]:
@@ -188,10 +189,6 @@ NOT_FINITE = {
     "nonfinite": "NaN and infinities have no nearest point and are refused: test_bad_input",
     "emulated": "the emulated battery feeds NaN too; test_grid_cuda_emulated.py has the kernel",
 }
-INTEGERS = {
-    "samples:size-1": "a row of one code takes a byte of several",
-    "samples:odd": "checked by the rows' lengths",
-}
 
 test_battery = battery.tests(
     op("grid_encode", grid_encode, family.grid_encode_reference, samples=encode_samples, skip=NOT_FINITE),
@@ -200,10 +197,12 @@ test_battery = battery.tests(
     op("grid_pack", grid_pack, grid_pack_reference, samples=pack_samples, dtypes=(torch.float32,)),
     op("grid_unpack", grid_unpack, grid_unpack_reference, samples=unpack_samples, dtypes=(torch.float32,)),
     op("grid_dequantize", reordered(grid_dequantize), reordered(family.grid_dequantize_reference),
-       samples=weight_samples, forward_ad=True),
+       samples=weight_samples, forward_ad=True, skip={"samples:4-D": "a weight has two dimensions"}),
     op("grid_linear", grid_linear, family.grid_linear_reference, samples=linear_samples, forward_ad=True,
        nonfinite="spread",  # a block's scale multiplies its sum: an infinite one makes no infinities of both signs
-       raw=("_grid_linear", "_grid_dequantize"), relative_to="row"),
+       raw=("_grid_linear", "_grid_dequantize"), names=(("quantizer", "higgs"),), relative_to="row",
+       ulps=4.0,  # the same products, summed in another order
+       skip={"deterministic/float64": "float64 is torch's own GEMM, whose bits depend on the number of threads"}),
 )  # fmt: skip
 
 
@@ -280,6 +279,22 @@ def test_encode_far_away_and_next_to_bisectors() -> None:
     grid = torch.tensor([[-1.0], [0.0], [2.0]])
     x = torch.tensor([-1e18, -0.5, math.nextafter(-0.5, 0), 1.0, 1e6, 1e-45])
     assert grid_encode(x, grid).tolist() == [0, 0, 0 if float(x[2]) == -0.5 else 1, 1, 2, 1]
+
+
+def test_vmap_of_what_has_no_gradient() -> None:
+    """The battery batches only what is differentiable."""
+    x, grid = torch.randn(4, 3, 10, generator=torch.Generator().manual_seed(0)), table(88, 2)
+    codes = torch.func.vmap(lambda v: grid_encode(v, grid))(x)
+    assert torch.equal(codes, grid_encode(x, grid))
+    grids = torch.stack((grid, grid.flip(0)))
+    both = torch.func.vmap(lambda g: grid_encode(x, g))(grids)
+    assert torch.equal(both[1], grid_encode(x, grids[1]))
+    packed = torch.func.vmap(lambda c: grid_pack(c, 88))(codes)
+    assert torch.equal(packed, grid_pack(codes, 88))
+    assert torch.equal(torch.func.vmap(lambda b: grid_unpack(b, 88, 5))(packed), codes)
+    assert torch.equal(
+        torch.func.vmap(lambda c: grid_decode(c, grid), 1)(codes), grid_decode(codes, grid).transpose(0, 1)
+    )
 
 
 # ---------------------------------------------------------------------------------------- the linear layer

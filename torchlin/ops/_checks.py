@@ -49,6 +49,13 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
+def can_look_at(x: torch.Tensor) -> bool:
+    """Whether x has values that Python may read: not on the meta device, not while a graph is traced or a function batched."""
+    return not (
+        torch.compiler.is_compiling() or x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
 def in_forward_mode() -> bool:
     """Whether forward-mode derivatives are being taken: dual tensors do not say that they require grad."""
     return forward_ad._current_level >= 0

@@ -10,6 +10,7 @@ The last vector of a row may be ragged: coordinates that do not exist count as n
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from typing import Any
 
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchlin.ops._checks import check_float_tensor, compute_dtype, in_forward_mode, needs_grad
+from torchlin import _library
+from torchlin.ops._checks import can_look_at, check_float_tensor, compute_dtype, in_forward_mode, needs_grad
 from torchlin.ops.grid_codes import (
-    _BUILT,
     LARGEST_N,
-    _has_kernel,
+    as_rows,
     check_codes,
     check_packed,
     code_dtype,
@@ -29,6 +30,7 @@ from torchlin.ops.grid_codes import (
 )
 
 _raw: Any = torch.ops.torchlin
+_CPU_KERNEL = _library.status()["cpu"].loaded
 
 LARGEST_P = 8
 _LARGEST = 1e18  # its square, and the sum of eight, are float32 numbers
@@ -63,9 +65,9 @@ def grid_encode(x: Tensor, grid: Tensor) -> Tensor:
         tensor([2, 0, 1], dtype=torch.uint8)
     """
     x, grid = _check_encode(x, grid)
-    if x.dtype is torch.float64 or not _has_kernel(x.device.type):
+    if x.dtype is torch.float64 or not _library.has_kernel(x.device.type):
         return _encode(x, grid)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = as_rows(x).contiguous()
     return _raw._grid_encode(rows, grid.contiguous()).view(*x.shape[:-1], -(-x.shape[-1] // grid.shape[1]))
 
 
@@ -82,8 +84,7 @@ def _check_encode(x: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("x must have at least one dimension, got a 0-dimensional tensor")
     if grid.device != x.device:
         raise ValueError(f"grid must be on x's device {x.device}, got {grid.device}")
-    # A traced graph cannot look at values.
-    if not torch.compiler.is_compiling() and not x.is_meta and x.numel():
+    if can_look_at(x) and x.numel():
         low, high = (float(v) for v in torch.aminmax(x.detach()))
         if not (low >= -_LARGEST and high <= _LARGEST):  # NaN is not either
             raise ValueError(f"x must be finite, of at most {_LARGEST:g}, got values from {low} to {high}")
@@ -93,8 +94,8 @@ def _check_encode(x: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
 
 def _encode(x: Tensor, grid: Tensor) -> Tensor:
     (n, p), k = grid.shape, x.shape[-1]
-    rows = x.reshape(-1, k)
-    whole = rows[:, : k // p * p].reshape(-1, p)
+    rows = as_rows(x)
+    whole = rows[:, : k // p * p].reshape(rows.shape[0] * (k // p), p)
     codes = _nearest(whole, grid).view(rows.shape[0], k // p)
     if k % p:
         last = _nearest(rows[:, k // p * p :], grid[:, : k % p])
@@ -175,7 +176,8 @@ def _check_decode(codes: Tensor, grid: Tensor, size: int | None) -> tuple[Tensor
 
 def _decode(codes: Tensor, grid: Tensor, size: int) -> Tensor:
     # Not grid[codes]: the gradient of that is not reproducible on CUDA.
-    return F.embedding(codes.to(torch.int64).clamp_max(grid.shape[0] - 1), grid).flatten(-2)[..., :size]
+    points = F.embedding(codes.to(torch.int64).clamp_max(grid.shape[0] - 1), grid)  # (..., c, p)
+    return points.reshape(*codes.shape[:-1], codes.shape[-1] * grid.shape[1])[..., :size]
 
 
 # ---- weights
@@ -207,11 +209,7 @@ def grid_dequantize(
         tensor([[ 0., -2.,  2.]])
     """
     block_size = _check_weight(packed, scales, grid, in_features, block_size)
-    if _by_reference(scales, grid) or torch.float64 in (scales.dtype, grid.dtype):
-        return _dequantize(packed, scales, grid, in_features, block_size)
-    return _raw._grid_dequantize(
-        packed.contiguous(), kernel_scales(scales), grid.contiguous(), in_features, block_size
-    )
+    return _weight(packed, scales, grid, in_features, block_size)
 
 
 def grid_dequantize_reference(
@@ -306,9 +304,9 @@ def grid_linear(
     block_size = _check_linear(x, packed, scales, grid, bias, block_size)
     if torch.float64 in (x.dtype, scales.dtype, grid.dtype) or in_forward_mode() or needs_grad(grid):
         return _linear(x, packed, scales, grid, bias, block_size)
-    if not _has_kernel(x.device.type):
+    if not _library.has_kernel(x.device.type):
         return _linear(x, packed, scales, grid, bias, block_size)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = as_rows(x)
     if needs_grad(x, scales, bias):
         y = _GridLinear.apply(rows, packed, scales, grid, bias, block_size)
     else:
@@ -352,9 +350,15 @@ def _linear(
 ) -> Tensor:
     weight = _dequantize(packed, scales, grid, x.shape[-1], block_size)
     wide = torch.promote_types(compute_dtype(x.dtype), weight.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        y = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(x.dtype).to(wide))
-    return y.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype).to(wide)
+    with _without_autocast(x.device.type):
+        return F.linear(x.to(wide), weight.to(wide), bias).to(x.dtype)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    if not torch.amp.is_autocast_available(device_type):  # meta
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def run_linear(
@@ -406,9 +410,11 @@ class _GridLinear(torch.autograd.Function):
 
 def _weight(packed: Tensor, scales: Tensor, grid: Tensor, in_features: int, block_size: int) -> Tensor:
     """grid_dequantize on arguments that are valid already: a traced backward can not look at a tensor's layout."""
-    if _by_reference(scales, grid):
+    if _by_reference(scales, grid) or torch.float64 in (scales.dtype, grid.dtype):
         return _dequantize(packed, scales, grid, in_features, block_size)
-    return _raw._grid_dequantize(packed, kernel_scales(scales), grid, in_features, block_size)
+    return _raw._grid_dequantize(
+        packed.contiguous(), kernel_scales(scales), grid.contiguous(), in_features, block_size
+    )
 
 
 def _sum_blocks(x: Tensor, block_size: int) -> Tensor:
@@ -436,7 +442,11 @@ def check_grid(grid: object) -> tuple[int, int]:
 
 def _by_reference(*differentiable: Tensor) -> bool:
     """Whether plain torch runs: for a derivative, which it knows by itself, or where no kernel is."""
-    return needs_grad(*differentiable) or in_forward_mode() or not _has_kernel(differentiable[0].device.type)
+    return (
+        needs_grad(*differentiable)
+        or in_forward_mode()
+        or not _library.has_kernel(differentiable[0].device.type)
+    )
 
 
 # ---- what torch has to know of the raw ops
@@ -456,6 +466,23 @@ def _fake_dequantize(packed, scales, grid, in_features, block_size):
 
 def _fake_linear(x, packed, scales, grid, bias, block_size):
     return x.new_empty((x.shape[0], packed.shape[0]))
+
+
+def _vmap_encode(info, in_dims, x, grid):
+    if in_dims[1] is None:  # one call for the whole batch
+        rows = x.movedim(in_dims[0], 0)
+        codes = _raw._grid_encode(rows.flatten(0, 1).contiguous(), grid)
+        return codes.unflatten(0, rows.shape[:2]), 0
+    each = [_raw._grid_encode(*_each(i, in_dims, x, grid)) for i in range(info.batch_size)]
+    return torch.stack(each), 0
+
+
+def _vmap_decode(info, in_dims, codes, grid):
+    if in_dims[1] is None:
+        codes = codes.movedim(in_dims[0], 0)
+        return _raw._grid_decode(codes.flatten(), grid).unflatten(0, codes.shape), 0
+    each = [_raw._grid_decode(*_each(i, in_dims, codes, grid)) for i in range(info.batch_size)]
+    return torch.stack(each), 0
 
 
 def _vmap_dequantize(info, in_dims, packed, scales, grid, in_features, block_size):
@@ -496,9 +523,11 @@ def _register() -> None:
     torch.library.register_fake("torchlin::_grid_decode", _fake_decode)
     torch.library.register_fake("torchlin::_grid_dequantize", _fake_dequantize)
     torch.library.register_fake("torchlin::_grid_linear", _fake_linear)
+    torch.library.register_vmap("torchlin::_grid_encode", _vmap_encode)
+    torch.library.register_vmap("torchlin::_grid_decode", _vmap_decode)
     torch.library.register_vmap("torchlin::_grid_dequantize", _vmap_dequantize)
     torch.library.register_vmap("torchlin::_grid_linear", _vmap_linear)
 
 
-if _BUILT:
+if _CPU_KERNEL:
     _register()

@@ -8,20 +8,17 @@ Where n is a power of two a word is one code. Elsewhere a few codes share a word
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchlin import _library
+from torchlin.ops._checks import can_look_at
 
 _raw: Any = torch.ops.torchlin
-_BUILT = hasattr(_raw, "_grid_linear")  # the loaded library has this family
-
-
-def _has_kernel(device_type: str) -> bool:
-    return _BUILT and _library.has_kernel(device_type)
-
+_CPU_KERNEL = _library.status()["cpu"].loaded
 
 LARGEST_N = 1 << 16
 _MOST_DIGITS = 4
@@ -86,12 +83,10 @@ def grid_pack(codes: Tensor, n: int) -> Tensor:
         tensor([[33,  3]], dtype=torch.uint8)
     """
     codes = check_codes(codes, n)
-    if not _has_kernel(codes.device.type):
+    if not _library.has_kernel(codes.device.type):
         return _pack(codes, n)
-    rows = codes.reshape(-1, codes.shape[-1]).contiguous()
-    return _raw._grid_pack(rows, n).view(
-        *codes.shape[:-1], -1 if rows.numel() else packed_bytes(n, rows.shape[1])
-    )
+    rows = as_rows(codes).contiguous()
+    return _raw._grid_pack(rows, n).view(*codes.shape[:-1], packed_bytes(n, rows.shape[1]))
 
 
 def grid_unpack(packed: Tensor, n: int, count: int) -> Tensor:
@@ -115,9 +110,9 @@ def grid_unpack(packed: Tensor, n: int, count: int) -> Tensor:
         tensor([1, 2, 3], dtype=torch.uint8)
     """
     check_packed(packed, n, count)
-    if not _has_kernel(packed.device.type):
+    if not _library.has_kernel(packed.device.type):
         return _unpack(packed, n, count)
-    rows = packed.reshape(-1, packed.shape[-1]).contiguous()
+    rows = as_rows(packed).contiguous()
     return _raw._grid_unpack(rows, n, count).view(*packed.shape[:-1], count)
 
 
@@ -169,8 +164,7 @@ def check_codes(codes: object, n: int, name: str = "codes") -> Tensor:
     dtype = code_dtype(n)
     if codes.dtype is dtype and n in (256, LARGEST_N):
         return codes
-    # A traced graph cannot look at values; kernels read what is too large as the last point.
-    if not torch.compiler.is_compiling() and not codes.is_meta and codes.numel():
+    if can_look_at(codes) and codes.numel():  # kernels read what is too large as the last point
         low, high = (int(v) for v in torch.aminmax(codes.to(torch.int64)))
         if low < 0 or high >= n:
             raise ValueError(
@@ -201,6 +195,11 @@ def _check_n(n: object) -> None:
         raise ValueError(f"n must be in [2, {LARGEST_N}], got {n}")
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """(rows, size of the last dimension); of a size 0 too, where reshape(-1, 0) could not tell the rows."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _fake_pack(codes, n):
     return codes.new_empty((codes.shape[0], packed_bytes(n, codes.shape[1])), dtype=torch.uint8)
 
@@ -209,6 +208,18 @@ def _fake_unpack(packed, n, count):
     return packed.new_empty((packed.shape[0], count), dtype=code_dtype(n))
 
 
-if _BUILT:
+def _vmap_pack(info, in_dims, codes, n):
+    codes = codes.movedim(in_dims[0], 0)
+    return _raw._grid_pack(codes.flatten(0, 1).contiguous(), n).unflatten(0, codes.shape[:2]), 0
+
+
+def _vmap_unpack(info, in_dims, packed, n, count):
+    packed = packed.movedim(in_dims[0], 0)
+    return _raw._grid_unpack(packed.flatten(0, 1).contiguous(), n, count).unflatten(0, packed.shape[:2]), 0
+
+
+if _CPU_KERNEL:
     torch.library.register_fake("torchlin::_grid_pack", _fake_pack)
     torch.library.register_fake("torchlin::_grid_unpack", _fake_unpack)
+    torch.library.register_vmap("torchlin::_grid_pack", _vmap_pack)
+    torch.library.register_vmap("torchlin::_grid_unpack", _vmap_unpack)
