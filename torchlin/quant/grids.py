@@ -87,7 +87,7 @@ def grid(n: int, p: int = 1, kind: str = "optimal") -> Grid:
         p: coordinates of a point, 1 to 8.
         kind: "optimal": the best found (p = 1: exact; else of many descents, in the plane on the exact error).
             "uniform" (p = 1): equidistant levels with the best step, so that integer kernels apply. "d4" (p = 4) and "e8"
-            (p = 8): the shortest vectors of the lattice, or of a translate of it, with the best scale.
+            (p = 8): the shortest vectors of the lattice, or of a translate of it, each shell with its best length.
 
     Returns:
         A :class:`Grid`, the same object for the same arguments. What takes more than a second to compute is stored in
