@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -125,12 +126,23 @@ class HiggsQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, str]]:
         mark(model, self)  # layers may have been put back or trained since
-        return None, {}
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, GridWeight)}
+        if len({layer.codes.data_ptr() for layer in layers.values()}) == len(layers):
+            return None, {}
+        # An embedding and its head on the same codes: transformers refuses tensors of one storage that it did not tie.
+        state, seen = model.state_dict(), set()
+        for name, layer in layers.items():
+            if layer.codes.data_ptr() in seen:
+                state |= {f"{name}.{key}": t.clone() for key, t in layer.state_dict().items()}
+            seen.add(layer.codes.data_ptr())
+        return state, {}
 
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
         dequantize_(model)
+        if isinstance(dtype, str):  # as configs have it
+            dtype = getattr(torch, dtype)
         return model if dtype is None else model.to(dtype)
 
 
