@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from importlib import resources
+from pathlib import Path
 
 import battery
 import numpy as np
@@ -168,6 +169,15 @@ def test_shipped_grid(name):
     rows = [tuple(row) for row in g.points.tolist()]
     assert rows == sorted(set(rows))
     assert torch.equal(g.points * 65536, (g.points * 65536).round())
+
+
+def test_the_page_has_their_figures():
+    from torchlin.quant.grid_data.make import SHIPPED as made
+    from torchlin.quant.grid_data.make import table
+
+    assert sorted(f"optimal-p{p}-n{n}-v1" for n, p in made) == SHIPPED
+    page = (Path(__file__).parents[1] / "docs" / "grids.md").read_text()
+    assert table() in page, "python -m torchlin.quant.grid_data.make --table"
 
 
 def grid_of_same_rate(g: Grid) -> float:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import time
 from pathlib import Path
 
 from torchlin.quant.grid_solver import Made, best_descent, canonical, certify, hop, solve
-from torchlin.quant.grids import VERSION, Grid, grid_text, read_grid
+from torchlin.quant.grids import VERSION, Grid, grid, grid_text, read_grid
 
 FOLDER = Path(__file__).resolve().parent
 SHIPPED = (
@@ -36,6 +37,23 @@ def make(n: int, p: int, effort: float, seed: int, best: Grid | None) -> Made:
     return found
 
 
+def table() -> str:
+    """The shipped grids as a table in Markdown: error, and gain over scalar levels where a whole number has the same rate."""
+    rows = ["| n | p | bits | mse | ± | scalar, same rate | gain |", "|---|---|---|---|---|---|---|"]
+    for n, p in SHIPPED:
+        g = grid(n, p)
+        levels = round(n ** (1 / p))
+        scalar = grid(levels).mse if levels**p == n else None
+        error = "exact" if p == 2 else f"{g.mse_error:.0e}"
+        beside = "| |" if scalar is None else f"| {scalar:.7f} | {_decibels(scalar / g.mse)} |"
+        rows.append(f"| {n} | {p} | {g.bits:.4g} | {g.mse:.7f} | {error} {beside}")
+    return "\n".join(rows) + "\n"
+
+
+def _decibels(ratio: float) -> str:
+    return f"{10 * math.log10(ratio) + 1e-6:.2f} dB"  # no -0.00
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -43,7 +61,13 @@ def main() -> None:
     parser.add_argument("which", nargs="*", help="n,p of grids to make (default: all)")
     parser.add_argument("--effort", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of what is there, and make nothing"
+    )
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(), end="")
+        return
     wanted = [tuple(int(v) for v in text.split(",")) for text in arguments.which]
     for n, p in wanted or SHIPPED:
         name = f"optimal-p{p}-n{n}-v{VERSION}"
