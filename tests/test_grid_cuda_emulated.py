@@ -300,11 +300,25 @@ def test_rows_longer_than_shared_memory():
     assert plan["steps"] > plan["chunk"]
     plan = Layer(64, 2, 9001, 6).check(8, FLOAT, **tight)
     assert plan["steps"] > plan["chunk"] >= plan["splits"] > 1
-    plan = Layer(256, 2, 4096, 33).check(33, BFLOAT)
-    assert plan["steps"] > plan["chunk"] >= plan["splits"] > 1
-    assert plan["grid"][1] == 2
-    plan = Layer(16, 1, 4096, 17, 512).check(9, HALF)
-    assert plan["steps"] > plan["chunk"]
+    plan = Layer(16, 1, 4096, 17, 512).check(5, HALF, **tight)
+    assert plan["tiling"] == "narrow", "the sums of 32 columns do not fit"
+    tight["shared_per_block"] = 120 * 1024
+    plan = Layer(256, 2, 3072, 200).check(9, BFLOAT, **tight)
+    assert plan["tiling"] == "tall"
+    assert plan["steps"] > plan["parts"] * plan["chunk"]
+
+
+@pytest.mark.parametrize(
+    ("n", "in_features", "block"), [(256, 1100, None), (64, 300, None), (256, 1024, 128)]
+)
+def test_parts_of_rows_are_added_afterwards(n, in_features, block):
+    """Steps that do not divide, parts with nothing to do, warps that share a part's."""
+    for batch in (9, 33):
+        plan = Layer(n, 2, in_features, 40, block).check(batch, HALF)
+        assert plan["parts"] == 8
+        assert plan["steps"] % 8 or block
+    plan = Layer(n, 2, in_features, 40, block).check(9, BFLOAT, multiprocessors=1)
+    assert plan["parts"] > 1
 
 
 @pytest.mark.parametrize(("batch", "dtype"), [(1, FLOAT), (4, HALF), (6, BFLOAT), (12, HALF)])

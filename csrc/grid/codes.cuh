@@ -191,6 +191,8 @@ struct Linear {
   int steps;               // of a row: a segment for every lane, or for every lane of four
   int chunk;               // steps of which x is in shared memory at a time
   int splits;              // warps that share rows, and divide the steps of a chunk
+  int parts;               // blocks that share rows, and divide the steps; more than one leave sums in `partial`
+  float* partial;          // (parts, batch, out_features)
 };
 
 __device__ __forceinline__ float load_scale(const Linear& a, int row, int block) {

@@ -68,21 +68,47 @@ __device__ __forceinline__ float reduce(float (&v)[N]) {
   return v[0];
 }
 
-// Puts steps [first, first + count) of B rows of x into shared memory: [step][lookup][B][lane ^ lookup][P].
+__device__ __forceinline__ Vec<float, 4> load_four(const void* p, Type type, int64_t i) {
+  if (type == Type::f32) return load_vec<Vec<float, 4>>(static_cast<const float*>(p) + i);
+  const auto words = load_vec<Vec<uint32_t, 2>>(static_cast<const uint16_t*>(p) + i);
+  if (type == Type::f16) return {{first_half(words[0]), second_half(words[0]), first_half(words[1]), second_half(words[1])}};
+  return {{first_bfloat16(words[0]), second_bfloat16(words[0]), first_bfloat16(words[1]), second_bfloat16(words[1])}};
+}
+
+// Puts steps [first, first + count) of B rows of x into shared memory: [step][lookup][B][lane ^ lookup][P]. A thread moves
+// four neighbours of a segment at a time.
 template <int P, int B>
 __device__ __forceinline__ void stage_x(const Linear& a, shared_ptr<float> x, int batch0, int first, int count, int lookups) {
-  const int q = a.table.codes * a.table.p, numbers = count * 32 * lookups * P;
+  constexpr int Q = P < 4 ? P : 4;
+  const int q = a.table.codes * a.table.p, fours = (lookups * P + 3) / 4, total = count * 32 * fours;
+  const bool aligned = q == P && lookups * P % 4 == 0 && a.in_features % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
   TORCHLIN_NO_UNROLL
-  for (int b = 0; b < B; ++b) {
-    const bool exists = batch0 + b < a.batch;
-    const int64_t row = static_cast<int64_t>(batch0 + b) * a.in_features;
+  for (int m = static_cast<int>(threadIdx.x); m < total; m += kGemvThreads) {
+    const int segment = m / fours, number = m % fours * 4;  // of these steps; of the segment, with what fills it up
+    const int lane = segment % 32, step = segment / 32;
     TORCHLIN_NO_UNROLL
-    for (int m = static_cast<int>(threadIdx.x); m < numbers; m += kGemvThreads) {
-      const int i = m % P, lookup = m / P % lookups, segment = m / P / lookups;  // of these steps
-      const int k = ((first * 32 + segment) * lookups + lookup) * q + i;
-      const float v = exists && i < q && k < a.in_features ? load_float(a.x, a.type, row + k) : 0.0f;
-      const int lane = segment % 32, step = segment / 32;
-      x[(((step * lookups + lookup) * B + b) * 32 + (lane ^ (lookup & 31))) * P + i] = v;
+    for (int b = 0; b < B; ++b) {
+      const bool exists = batch0 + b < a.batch;
+      const int64_t row = static_cast<int64_t>(batch0 + (exists ? b : 0)) * a.in_features;
+      Vec<float, 4> v = {{0, 0, 0, 0}};
+      if (aligned) {
+        const int k = (first * 32 + segment) * lookups * P + number;
+        if (exists && k < a.in_features) v = load_four(a.x, a.type, row + k);
+      } else {
+        static_for<4>([&](auto i) {
+          const int lookup = (number + i.value) / P, coordinate = (number + i.value) % P;
+          const int k = ((first * 32 + segment) * lookups + lookup) * q + coordinate;
+          const bool there = exists && lookup < lookups && coordinate < q && k < a.in_features;
+          if (there) v[i.value] = load_float(a.x, a.type, row + k);
+        });
+      }
+      static_for<4 / Q>([&](auto l) {
+        const int lookup = number / P + l.value;
+        Vec<float, Q> part;
+        static_for<Q>([&](auto i) { part[i.value] = v[l.value * Q + i.value]; });
+        if (lookup < lookups)
+          store_shared(x + (((step * lookups + lookup) * B + b) * 32 + (lane ^ (lookup & 31))) * P + number % P, part);
+      });
     }
   }
 }
@@ -108,6 +134,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks) grid_gemv(Linear a)
     const int row0 = (first + slot * static_cast<int>(gridDim.x)) * R;
     // The last group begins early enough to be whole, and all but its own rows are dropped at the end.
     const int base = smaller_of(row0, a.out_features > R ? a.out_features - R : 0);
+    const bool works = row0 < a.out_features;  // else the warp only keeps the others company
     const auto row_of_group = [&](int r) { return smaller_of(r, a.out_features - 1); };
     const uint8_t* const start = start_of(a.rows, base);
     float sum[R][B] = {}, scale[R] = {};
@@ -121,7 +148,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks) grid_gemv(Linear a)
     const auto load = [&](int step) {
       static_for<R>([&](auto r) { next[r.value] = load_codes<S>(a.rows, start + row_of_group(r.value) * a.rows.row_bytes, segment_of(step)); });
     };
-    if (kAhead && split < a.steps) load(split);
+    if (kAhead && works && split < a.steps) load(split);
     if (first == static_cast<int>(blockIdx.x) && S != Source::global) {
       fill_table<P, P>(a.table, shared_cast<uint32_t>(table), kGemvThreads, [](const float(&v)[P]) {
         Vec<uint32_t, P> words;
@@ -138,7 +165,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks) grid_gemv(Linear a)
         __syncthreads();
       }
       TORCHLIN_NO_UNROLL
-      for (int step = chunk0 + split; step < end; step += a.splits) {
+      for (int step = chunk0 + split; works && step < end; step += a.splits) {
         Codes<S> codes[R];
         if (!kAhead) load(step);
         static_for<R>([&](auto r) { codes[r.value] = next[r.value]; });

@@ -76,7 +76,9 @@ __global__ void __launch_bounds__(kMmaThreads, 1) grid_mma(Linear a) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, t = lane % 4;
   const int split = warp % a.splits, slot = warp / a.splits, slots = kMmaWarps / a.splits;
-  const int batch0 = static_cast<int>(blockIdx.y) * kColumns, groups = (a.out_features + kRows - 1) / kRows;
+  const int part_of = static_cast<int>(blockIdx.y) % a.parts, steps_of_part = (a.steps + a.parts - 1) / a.parts;
+  const int begin = part_of * steps_of_part, limit = smaller_of(begin + steps_of_part, a.steps);
+  const int batch0 = static_cast<int>(blockIdx.y) / a.parts * kColumns, groups = (a.out_features + kRows - 1) / kRows;
   const bool bf16 = a.type == Type::bf16;
   const shared_ptr<uint32_t> own = table + lane % ((1 << log_stride) / kWords) * kWords;
   const bool one_block = T == Tiling::tall || a.blocks == 1;
@@ -120,7 +122,8 @@ __global__ void __launch_bounds__(kMmaThreads, 1) grid_mma(Linear a) {
       const int segment = place_of(a, one_block, step, t, segments_of_block, steps_of_block).segment;
       static_for<2 * M>([&](auto i) { next[i.value] = load_codes<S>(a.rows, start_of(a.rows, row[i.value]), segment); });
     };
-    if (split < a.steps) load(split);
+    const bool works = row0 < a.out_features;  // else the warp only keeps the others company
+    if (works && begin + split < limit) load(begin + split);
     if (first == static_cast<int>(blockIdx.x)) {
       fill_table<P, kWords>(a.table, table, kMmaThreads, [&](const float(&v)[P]) {
         Vec<uint32_t, kWords> words;
@@ -130,17 +133,17 @@ __global__ void __launch_bounds__(kMmaThreads, 1) grid_mma(Linear a) {
       });
     }
     TORCHLIN_NO_UNROLL
-    for (int chunk0 = 0; chunk0 < a.steps; chunk0 += a.chunk) {
-      const int end = smaller_of(chunk0 + a.chunk, a.steps);
+    for (int chunk0 = begin; chunk0 < limit; chunk0 += a.chunk) {
+      const int end = smaller_of(chunk0 + a.chunk, limit);
       __syncthreads();
       stage(chunk0, end - chunk0);
       __syncthreads();
       TORCHLIN_NO_UNROLL
-      for (int step = chunk0 + split; step < end; step += a.splits) {
+      for (int step = chunk0 + split; works && step < end; step += a.splits) {
         Codes<S> codes[2 * M];
         static_for<2 * M>([&](auto i) { codes[i.value] = next[i.value]; });
         const int following = step + a.splits < end ? step + a.splits : end + split;
-        if (following < a.steps) load(following);
+        if (following < limit) load(following);
         const shared_ptr<uint32_t> x_step = x + g * pitch + ((step - chunk0) * pieces * 4 + t) * 2;
         // One instruction for each tile and eight rows of x, with the entries of a piece in each of the lane's rows.
         const auto multiply = [&](int piece, const uint32_t(&entry)[2 * M][kLookups]) {
@@ -221,10 +224,23 @@ __global__ void __launch_bounds__(kMmaThreads, 1) grid_mma(Linear a) {
       const int at_row = (first + at_slot * static_cast<int>(gridDim.x)) * kRows + r;
       float s = 0;
       for (int w = 0; w < a.splits; ++w) s += sums[(at_slot * a.splits + w) * sums_pitch + column * (kRows + 4) + r];
-      if (at_row < a.out_features && batch0 + column < a.batch)
-        store_sum(a, batch0 + column, at_row, one_block ? s * load_scale(a, at_row, 0) : s);
+      const int b = batch0 + column;
+      if (at_row >= a.out_features || b >= a.batch) continue;
+      if (one_block) s *= load_scale(a, at_row, 0);
+      if (a.parts == 1) store_sum(a, b, at_row, s);
+      else a.partial[(static_cast<int64_t>(part_of) * a.batch + b) * a.out_features + at_row] = s;
     }
   }
+}
+
+// Adds the parts, in order.
+static __global__ void __launch_bounds__(kMmaThreads) grid_add(Linear a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMmaThreads + threadIdx.x;
+  const int64_t count = static_cast<int64_t>(a.batch) * a.out_features;
+  if (i >= count) return;
+  float sum = 0;
+  for (int part = 0; part < a.parts; ++part) sum += a.partial[part * count + i];
+  store_sum(a, static_cast<int>(i / a.out_features), static_cast<int>(i % a.out_features), sum);
 }
 
 }  // namespace torchlin::grid

@@ -150,7 +150,8 @@ struct Plan {
   bool pad;         // the table in global memory is to be copied by grid_pad
   unsigned grid_x, grid_y;
   size_t shared_bytes;
-  Linear linear;  // but for the table's address, if it is a copy
+  int64_t workspace;  // floats: the copied table, or sums of parts
+  Linear linear;      // but for the workspace
 };
 
 // Rows of x from which making the weight costs less than reading codes again for every few rows: by benchmarks/gpu_model_grid.py.
@@ -166,6 +167,7 @@ class Planner {
     detail::check_row(bytes_of_row(w.n, w.codes()), w.in_features);
     if (batch >= int64_t{1} << 30 || w.out_features >= int64_t{1} << 30)
       throw std::invalid_argument("torchlin: more than 2^30 rows");
+    a.parts = 1;
     a.batch = static_cast<int>(batch), a.in_features = static_cast<int>(w.in_features);
     a.out_features = static_cast<int>(w.out_features);
     a.blocks = static_cast<int>(w.blocks());
@@ -184,6 +186,7 @@ class Planner {
 
  private:
   static constexpr size_t kTableBytes = size_t{64} << 10;
+  static constexpr int kMostParts = 8;
 
   // An entry of the table as several codes, where that gives at most 4 coordinates in at most 512 entries.
   void set_table(bool compose) {
@@ -263,16 +266,22 @@ class Planner {
       const int columns = tiling == Tiling::narrow ? kMmaColumns<Tiling::narrow> : kMmaColumns<Tiling::tall>;
       const size_t sums = static_cast<size_t>(kMmaWarps * sums_of_warp(columns, rows)) * 4;
       const auto x_bytes = [&](int steps) { return static_cast<size_t>(columns * staged_row(steps, pieces)) * 4; };
-      const size_t room = std::min(device_.shared_per_block - table, std::max(sums, size_t{80} << 10));
+      const size_t room = std::min(device_.shared_per_block - table, std::max(sums, size_t{144} << 10));
       if (sums > room || x_bytes(1) > room) continue;
       a.chunk = 1;
       while (a.chunk < a.steps && x_bytes(a.chunk + 1) <= room) ++a.chunk;
       const int64_t groups = detail::ceil_div(a.out_features, rows), warps = int64_t{device_.multiprocessors} * kMmaWarps;
-      a.splits = splits_of(groups, warps, std::min(kMmaWarps, a.chunk));
+      // Blocks read all of x for their rows: many rows of x are divided among blocks first.
+      const int most_parts = tiling == Tiling::narrow ? 1 : kMostParts;
+      while (2 * a.parts <= std::min(most_parts, a.steps) && groups * a.parts * 4 < warps * 3) a.parts *= 2;
+      a.chunk = std::min(a.chunk, static_cast<int>(detail::ceil_div(a.steps, a.parts)));
+      a.splits = splits_of(groups * a.parts, warps, std::min(kMmaWarps, a.chunk));
       plan_.path = Path::mma, plan_.tiling = tiling, plan_.columns = columns;
-      plan_.grid_x = static_cast<unsigned>(
-          std::clamp<int64_t>(detail::ceil_div(groups * a.splits, kMmaWarps), 1, device_.multiprocessors));
-      plan_.grid_y = static_cast<unsigned>(detail::ceil_div(a.batch, columns));
+      // With parts, as few blocks as hold all rows; else every multiprocessor gets its share.
+      const int64_t blocks = a.parts > 1 ? detail::ceil_div(groups * a.splits, kMmaWarps) : groups;
+      plan_.grid_x = static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, device_.multiprocessors));
+      plan_.grid_y = static_cast<unsigned>(detail::ceil_div(a.batch, columns) * a.parts);
+      if (a.parts > 1) plan_.workspace = a.parts * int64_t{a.batch} * a.out_features;
       plan_.shared_bytes = table + std::max(x_bytes(a.chunk), sums);
       return true;
     }
@@ -291,6 +300,7 @@ class Planner {
     if (plan_.source == Source::wide && a.table.log_stride != 5) plan_.source = Source::shared;
     const bool global = plan_.source == Source::global;
     plan_.pad = global && (plan_.coordinates != w_.p || reinterpret_cast<uintptr_t>(w_.grid) % 16 != 0);
+    if (plan_.pad) plan_.workspace = w_.n * plan_.coordinates;
     const size_t table = global ? 0 : static_cast<size_t>(a.table.entries) * 4 << a.table.log_stride;
     const int lookups = plan_.source == Source::wide ? kWideCodes : a.rows.words * a.rows.digits;
     a.segments = static_cast<int>(detail::ceil_div(detail::ceil_div(w_.codes(), a.table.codes), lookups));
@@ -311,7 +321,7 @@ class Planner {
       const int64_t resident = std::min<int64_t>(kGemvBlocks, (limit + 1024) / (plan_.shared_bytes + 1024));
       const int64_t groups = detail::ceil_div(a.out_features, kGemvRows), blocks = resident * device_.multiprocessors;
       a.splits = splits_of(groups, blocks * kGemvWarps, std::min(kGemvWarps, a.chunk));
-      plan_.grid_x = static_cast<unsigned>(std::clamp<int64_t>(detail::ceil_div(groups * a.splits, kGemvWarps), 1, blocks));
+      plan_.grid_x = static_cast<unsigned>(std::clamp<int64_t>(groups, 1, blocks));
       plan_.grid_y = static_cast<unsigned>(detail::ceil_div(a.batch, b));
       return;
     }
@@ -323,13 +333,6 @@ class Planner {
   const Layout layout_;
   Plan plan_{};
 };
-
-template <class Launcher>
-void run_pad(const Plan& plan, float* out, Launcher&& launch) {
-  const Table& t = plan.linear.table;
-  launch(grid_pad, detail::blocks_for(int64_t{t.n} * plan.coordinates), 1u, kCodeThreads, size_t{0},
-         Pad{t.grid, out, t.n, t.p, plan.coordinates});
-}
 
 namespace detail {
 
@@ -358,9 +361,17 @@ void run_mma(const Plan& plan, Launcher&& launch) {
 
 }  // namespace detail
 
-// Launches the kernel of a plan that is not dense.
+// Launches the kernels of a plan that is not dense.
 template <class Launcher>
-void run_linear(const Plan& plan, Launcher&& launch) {
+void run_linear(Plan plan, float* workspace, Launcher&& launch) {
+  Linear& a = plan.linear;
+  if (plan.pad) {
+    launch(grid_pad, detail::blocks_for(int64_t{a.table.n} * plan.coordinates), 1u, kCodeThreads, size_t{0},
+           Pad{a.table.grid, workspace, a.table.n, a.table.p, plan.coordinates});
+    a.table.grid = workspace;
+  } else {
+    a.partial = workspace;
+  }
   detail::with_coordinates(plan.coordinates, [&](auto p) {
     constexpr int P = decltype(p)::value;
     if (plan.path == Path::gemv) {
@@ -373,6 +384,10 @@ void run_linear(const Plan& plan, Launcher&& launch) {
       else detail::run_mma<P, Tiling::blocks>(plan, launch);
     }
   });
+  if (a.parts > 1) {
+    const int64_t blocks = detail::ceil_div(int64_t{a.batch} * a.out_features, kMmaThreads);
+    launch(grid_add, static_cast<unsigned>(blocks), 1u, kMmaThreads, size_t{0}, a);
+  }
 }
 
 }  // namespace torchlin::grid

@@ -184,7 +184,7 @@ Tensor grid_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, 
   const grid::Device properties{
       gpu::device_attribute(cudaDevAttrMultiProcessorCount, device),
       static_cast<size_t>(gpu::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device))};
-  grid::Plan plan = grid::Planner(w, x.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, out.mutable_data_ptr(),
+  const grid::Plan plan = grid::Planner(w, x.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, out.mutable_data_ptr(),
                                   type_of(x), x.size(0), properties)
                         .take();
   if (plan.path == grid::Path::dense) {
@@ -192,13 +192,9 @@ Tensor grid_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, 
     return out;
   }
   // Freed on return, when the kernels may not have run: the caching allocator hands it out again in stream order only.
-  std::optional<Tensor> table;
-  if (plan.pad) {
-    table = empty(x, w.n, plan.coordinates, aoti_torch_dtype_float32());
-    grid::run_pad(plan, static_cast<float*>(table->mutable_data_ptr()), launcher(x));
-    plan.linear.table.grid = static_cast<const float*>(table->const_data_ptr());
-  }
-  grid::run_linear(plan, launcher(x));
+  std::optional<Tensor> workspace;
+  if (plan.workspace > 0) workspace = empty(x, 1, plan.workspace, aoti_torch_dtype_float32());
+  grid::run_linear(plan, workspace ? static_cast<float*>(workspace->mutable_data_ptr()) : nullptr, launcher(x));
   return out;
 }
 

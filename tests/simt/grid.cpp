@@ -58,33 +58,45 @@ void dequantize(const tg::Weight& w, int64_t first, int64_t count, int type, uin
   tg::run_dequantize(w, first, count, static_cast<tg::Type>(type), at(out), launcher);
 }
 
-// What was planned; nothing is run of a dense plan.
-py::dict linear(const tg::Weight& w, uintptr_t x, uintptr_t bias, uintptr_t y, int type, int64_t batch, int multiprocessors,
-                size_t shared_per_block, uint64_t seed) {
+tg::Plan plan_of(const tg::Weight& w, uintptr_t x, uintptr_t bias, uintptr_t y, int type, int64_t batch, int multiprocessors,
+                 size_t shared_per_block) {
   const tg::Device device{multiprocessors, shared_per_block};
-  tg::Plan plan = tg::Planner(w, at(x), at(bias), at(y), static_cast<tg::Type>(type), batch, device).take();
-  set_up(seed, shared_per_block);
-  py::dict d;
+  return tg::Planner(w, at(x), at(bias), at(y), static_cast<tg::Type>(type), batch, device).take();
+}
+
+py::dict describe(const tg::Plan& plan) {
   static constexpr const char *kPaths[] = {"gemv", "mma", "dense"}, *kSources[] = {"wide", "shared", "global"},
                               *kTilings[] = {"narrow", "tall", "blocks"};
+  py::dict d;
   d["path"] = kPaths[static_cast<int>(plan.path)];
   if (plan.path == tg::Path::dense) return d;
-  std::vector<float> table;
-  if (plan.pad) {
-    table.assign(static_cast<size_t>(w.n * plan.coordinates), std::nanf(""));
-    tg::run_pad(plan, table.data(), launcher);
-    plan.linear.table.grid = table.data();
-  }
-  tg::run_linear(plan, launcher);
   const tg::Linear& a = plan.linear;
   d["source"] = kSources[static_cast<int>(plan.source)];
   d["tiling"] = plan.path == tg::Path::mma ? kTilings[static_cast<int>(plan.tiling)] : "";
   d["coordinates"] = plan.coordinates, d["columns"] = plan.columns, d["pad"] = plan.pad;
   d["grid"] = py::make_tuple(plan.grid_x, plan.grid_y), d["shared_bytes"] = plan.shared_bytes;
-  d["codes"] = a.table.codes, d["entries"] = a.table.entries, d["stride"] = 1 << a.table.log_stride;
+  d["codes"] = a.table.codes, d["entries"] = a.table.entries;
+  d["stride"] = plan.source == tg::Source::global ? 0 : 1 << a.table.log_stride;
   d["digits"] = a.rows.digits, d["width"] = a.rows.width, d["words"] = a.rows.words;
-  d["steps"] = a.steps, d["chunk"] = a.chunk, d["splits"] = a.splits, d["fine"] = a.fine;
+  d["steps"] = a.steps, d["chunk"] = a.chunk, d["splits"] = a.splits, d["parts"] = a.parts, d["fine"] = a.fine;
   return d;
+}
+
+// What was planned; nothing is run of a dense plan.
+py::dict linear(const tg::Weight& w, uintptr_t x, uintptr_t bias, uintptr_t y, int type, int64_t batch, int multiprocessors,
+                size_t shared_per_block, uint64_t seed) {
+  const tg::Plan plan = plan_of(w, x, bias, y, type, batch, multiprocessors, shared_per_block);
+  set_up(seed, shared_per_block);
+  std::vector<float> workspace(static_cast<size_t>(plan.workspace), std::nanf(""));
+  if (plan.path != tg::Path::dense) tg::run_linear(plan, workspace.data(), launcher);
+  return describe(plan);
+}
+
+// The plan for aligned tensors of these sizes, which need not exist.
+py::dict plan(int64_t n, int64_t p, int64_t out_features, int64_t in_features, int64_t block_size, int type, int64_t batch,
+              int multiprocessors, size_t shared_per_block) {
+  const tg::Weight w = weight(256, 256, true, 256, n, p, out_features, in_features, block_size);
+  return describe(plan_of(w, 256, 0, 256, type, batch, multiprocessors, shared_per_block));
 }
 
 }  // namespace
@@ -98,6 +110,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("unpack", &unpack);
   m.def("dequantize", &dequantize);
   m.def("linear", &linear);
+  m.def("plan", &plan);
   m.def("layout", [](int64_t n) { return py::make_tuple(tg::layout_of(n).digits, tg::layout_of(n).width); });
   py::register_exception<simt::Error>(m, "Error");
 }
