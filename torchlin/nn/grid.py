@@ -91,7 +91,8 @@ class GridWeight(nn.Module):
         return self._points
 
     def _transform(self) -> InputTransform:
-        if self._input is None or self._points.device != self.codes.device:
+        codes: Any = self._buffers["codes"]
+        if self._input is None or self._points.device != codes.device:
             self._refresh()
         assert self._input is not None, "the layer is on the meta device: it has no signs to transform with"
         return self._input
@@ -264,18 +265,23 @@ class GridLinear(GridWeight):
             raise ValueError(
                 f"x must have last dimension in_features = {self.in_features}, got shape {tuple(x.shape)}"
             )
-        return self._linear(self._transform()(x))
-
-    def _linear(self, x: Tensor) -> Tensor:
-        scales, points = self.scales, self._points
-        bias: Tensor | None = self.bias
-        if self._raw is None or not is_plain(x) or needs_grad(x, scales, bias):
-            return grid_linear(x, self.codes, scales, points, bias, block_size=self.block_size)
+        raw = self._raw
+        if raw is None or not is_plain(x):
+            return self._differentiable(x)
+        # A layer of a small model takes microseconds: attributes are read where Module keeps them, once.
+        buffers, bias = self._buffers, self._parameters["bias"]
+        codes, scales, factors = buffers["codes"], buffers.get("scales"), self._transform().factors
+        if scales is None or needs_grad(x, bias, factors):
+            return self._differentiable(x)
+        rows = self._input.rows(x)  # type: ignore[union-attr]
         if bias is not None and bias.dtype is not x.dtype:
-            bias = bias.to(x.dtype)
-        rows = x if x.dim() == 2 and x.is_contiguous() else x.reshape(-1, self.in_features).contiguous()
-        y = self._raw(rows, self.codes, scales, points, bias, self.block_size)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+            bias = bias.to(x.dtype)  # type: ignore[assignment]
+        y = raw(rows, codes, scales, self._points, bias, self.block_size)
+        return y if x.dim() == 2 else y.view((*x.shape[:-1], self.out_features))
+
+    def _differentiable(self, x: Tensor) -> Tensor:
+        x = self._transform()(x)
+        return grid_linear(x, self.codes, self.scales, self._points, self.bias, block_size=self.block_size)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in super().__getstate__().items() if k != "_raw"}

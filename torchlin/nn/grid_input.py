@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchlin import _library
 from torchlin.functional import hadamard_transform
-from torchlin.ops._checks import in_forward_mode, needs_grad
+from torchlin.ops._checks import in_forward_mode
 from torchlin.ops.hadamard import check_order, make_constant
 from torchlin.ops.hadamard_matrix import core_matrix
 
@@ -55,18 +55,28 @@ class InputTransform:
     def __call__(self, x: Tensor) -> Tensor:
         if self.identity:
             return x
-        if self._raw is None or not is_plain(x) or needs_grad(x, self.factors):
-            return hadamard_transform(x, block_size=self.order, signs=self.factors, had_k=self.core)
+        return hadamard_transform(x, block_size=self.order, signs=self.factors, had_k=self.core)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The transform of an x that `is_plain` and has no gradient to take, as rows (-1, size); remembered."""
+        if self.identity:
+            return x.reshape(-1, self.size).contiguous()
         if x.is_inference():  # its changes leave no trace
-            return self._raw(x, self.scale, x.dim() - 1, self.order, self.factors, self.core, False)
+            return self._transform_rows(x)
         state = x._version if x.is_cpu else (x._version, _stream(x))
         last = self._last
         if last is not None and last[0]() is x and last[1] == state:
             return last[2][0]
-        y = self._raw(x, self.scale, x.dim() - 1, self.order, self.factors, self.core, False)
+        y = self._transform_rows(x)
         cell = [y]
         self._last = weakref.ref(x, lambda _: cell.clear()), state, cell
         return y
+
+    def _transform_rows(self, x: Tensor) -> Tensor:
+        if self._raw is None:
+            return self(x).reshape(-1, self.size)
+        y = self._raw(x, self.scale, x.dim() - 1, self.order, self.factors, self.core, False)
+        return y.reshape(-1, self.size).contiguous()
 
     def adjoint(self, w: Tensor) -> Tensor:
         r"""Rows that multiply the transformed x to rows that multiply x: :math:`s \circ (H^T w) / \sqrt h`."""

@@ -156,14 +156,12 @@ class Target:
                 f"{name} ({' x '.join(map(str, self.shape))}): {error}. The config's overrides can say so for this layer "
                 "alone, or skip it with None"
             ) from error
-        # A sum is finite unless something in it is not, or it overflows; then the numbers are looked at.
         weight = self.weight.detach()
-        if not bool(weight.sum(dtype=torch.float64 if weight.is_cpu else None).isfinite()):
+        if weight.numel() and not all(
+            bool(v.isfinite()) for v in weight.aminmax()
+        ):  # both are NaN if anything is
             bad = int((~weight.isfinite()).sum())
-            if bad:
-                raise ValueError(
-                    f"{name}: the weight has {bad} NaN or infinite numbers; nothing was quantized"
-                )
+            raise ValueError(f"{name}: the weight has {bad} NaN or infinite numbers; nothing was quantized")
 
     def make(self, made: dict[Any, tuple[GridWeight, float]]) -> tuple[GridWeight, float]:
         """The quantized layer and its error; layers that share a weight share its codes."""
