@@ -530,14 +530,17 @@ def check_emulated(op: Op, sample: Sample) -> None:
             value = laid.call(op.public)
             grads = cotangents(value) if laid.differentiable else []
             slopes = gradients(op.public, laid, grads) if laid.differentiable else None
+            with torch.no_grad():  # an op may leave derivatives to plain torch
+                plain = laid.call(op.public)
         assert_value(op, value, laid, f"emulated, {layout}")
+        assert_value(op, plain, laid, f"emulated without grad, {layout}")
         if slopes is not None:
             assert_gradients(op, laid, slopes, grads=grads, what=f"emulated gradient, {layout}")
     for i, t in enumerate(sample.tensors):
         if t.is_floating_point() and t.numel():
             for special in (math.nan, math.inf):
                 spoiled = _spoil(sample, i, special)
-                with Emulate():
+                with Emulate(), torch.no_grad():
                     value = spoiled.call(op.public)
                 assert_value(op, value, spoiled, f"emulated, {special} in tensor {i}")
     assert ran, "no raw op was emulated"

@@ -185,6 +185,7 @@ def reordered(function: Callable[..., Any], second_first: bool = False) -> Calla
     return lambda scales, packed, grid, k, block: function(packed, scales, grid, k, block_size=block)
 
 
+IN_FLOAT64 = {"emulated/float64": "float64 runs the reference on every device"}
 NOT_FINITE = {
     "nonfinite": "NaN and infinities have no nearest point and are refused: test_bad_input",
     "emulated": "the emulated battery feeds NaN too; test_grid_cuda_emulated.py has the kernel",
@@ -193,16 +194,16 @@ NOT_FINITE = {
 test_battery = battery.tests(
     op("grid_encode", grid_encode, family.grid_encode_reference, samples=encode_samples, skip=NOT_FINITE),
     op("grid_decode", reordered(grid_decode), reordered(family.grid_decode_reference), samples=decode_samples,
-       forward_ad=True),
+       forward_ad=True, skip=IN_FLOAT64),
     op("grid_pack", grid_pack, grid_pack_reference, samples=pack_samples, dtypes=(torch.float32,)),
     op("grid_unpack", grid_unpack, grid_unpack_reference, samples=unpack_samples, dtypes=(torch.float32,)),
     op("grid_dequantize", reordered(grid_dequantize), reordered(family.grid_dequantize_reference),
-       samples=weight_samples, forward_ad=True, skip={"samples:4-D": "a weight has two dimensions"}),
+       samples=weight_samples, forward_ad=True, skip=IN_FLOAT64 | {"samples:4-D": "a weight has two dimensions"}),
     op("grid_linear", grid_linear, family.grid_linear_reference, samples=linear_samples, forward_ad=True,
        nonfinite="spread",  # a block's scale multiplies its sum: an infinite one makes no infinities of both signs
        raw=("_grid_linear", "_grid_dequantize"), names=(("quantizer", "higgs"),), relative_to="row",
        ulps=4.0,  # the same products, summed in another order
-       skip={"deterministic/float64": "float64 is torch's own GEMM, whose bits depend on the number of threads"}),
+       skip=IN_FLOAT64 | {"deterministic/float64": "float64 is torch's own GEMM, whose bits depend on the number of threads"}),
 )  # fmt: skip
 
 

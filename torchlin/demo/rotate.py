@@ -18,6 +18,7 @@ from torchlin.demo import _smollm2
 from torchlin.functional import hadamard_transform
 from torchlin.ops.hadamard_matrix import hadamard_matrix, hadamard_order
 from torchlin.quant import rotate_
+from torchlin.quant.evaluate import perplexity
 
 DIGITS = 5e-5  # relative change of the perplexity that four digits do not show
 EXACT = 1e-9  # relative change of float64 logits that rounding stays far below, even in 30 layers
@@ -154,8 +155,8 @@ class Watch:
 def measure(model: nn.Module, windows: Tensor, what: str) -> Measured:
     """Perplexity, and what the residual stream was in the same forwards."""
     with Watch().on(model) as watch:
-        perplexity = _smollm2.perplexity(model, windows, what)
-    return Measured(perplexity, watch.streams, torch.cat(watch.kept).flatten(0, -2))
+        value = perplexity(model, windows, what)
+    return Measured(value, watch.streams, torch.cat(watch.kept).flatten(0, -2))
 
 
 def show_streams(before: dict[str, Stream], after: dict[str, Stream]) -> None:

@@ -7,7 +7,6 @@ Where n is a power of two a word is one code. Elsewhere a few codes share a word
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -24,7 +23,6 @@ LARGEST_N = 1 << 16
 _MOST_DIGITS = 4
 
 
-@functools.cache
 def code_layout(n: int) -> tuple[int, int]:
     """(codes in a word, bits of a word) for codes below n.
 
@@ -39,17 +37,16 @@ def code_layout(n: int) -> tuple[int, int]:
     _check_n(n)
     if n & (n - 1) == 0:
         return 1, n.bit_length() - 1
-    # Ratios are compared exactly: width / digits < best / best_digits.
-    digits = min(range(1, _MOST_DIGITS + 1), key=lambda d: (12 // d * _width(n, d), d))
-    return digits, _width(n, digits)
+    best, best_width = 1, _width(n, 1)
+    for digits in range(2, _MOST_DIGITS + 1):
+        width = _width(n, digits)
+        if width * best < best_width * digits:  # fewer bits a code
+            best, best_width = digits, width
+    return best, best_width
 
 
 def _width(n: int, digits: int) -> int:
     return (n**digits - 1).bit_length()
-
-
-# torch.compiler.assume_constant_result without its import of the whole compiler: a traced graph holds the layout as a constant.
-code_layout._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def packed_bytes(n: int, count: int) -> int:

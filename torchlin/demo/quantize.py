@@ -1,0 +1,77 @@
+"""Quantizes a real language model to 4, 3 and 2 bits without data, and shows what that costs and what it saves."""
+
+from __future__ import annotations
+
+import copy
+
+from torchlin._console import table
+from torchlin.demo import _smollm2
+from torchlin.quant import HiggsConfig, QuantizationReport, allocate_bits, estimate_alphas, quantize_
+from torchlin.quant.command import Figures, compare, show
+from torchlin.quant.evaluate import continuation
+from torchlin.quant.predict import predicted_delta
+
+BITS = (4, 3, 2)
+DYNAMIC = 4.0  # bits on average, scales and signs included
+PROMPT = "The capital of France is"
+TOLERANCE = 0.02  # relative, of the mean measured t² and the grid's own error
+
+
+def run() -> None:
+    """The stop: measure, quantize at several rates, measure again."""
+    model, encode = _smollm2.load()
+    windows = _smollm2.text_windows(encode)
+    prompt = encode(PROMPT)
+    figures = compare(model, windows)
+    said = {figures[0].name: continuation(model, prompt)}
+
+    configs: dict[str, HiggsConfig] = {f"{bits} bits": HiggsConfig(bits=bits) for bits in BITS}
+    alphas = estimate_alphas(model, method="fisher")
+    plan = allocate_bits(alphas, None, DYNAMIC)
+    configs[f"{DYNAMIC:g} bits, dynamic"] = HiggsConfig.from_plan(plan)
+
+    reports: dict[str, QuantizationReport] = {}
+    for name, config in configs.items():
+        small = copy.deepcopy(model)
+        reports[name] = quantize_(small, config)
+        figures.append(Figures.of(name, small, windows))
+        said[name] = continuation(small, prompt)
+
+    show_layers(reports[f"{BITS[0]} bits"])
+    print(f"\nSmolLM2-135M on {windows.numel()} tokens of scikit-learn's data-set descriptions")
+    print(f"({_smollm2.NOTE})\n")
+    show(figures)
+    print()
+    for name, report in reports.items():
+        print(f"{name}: {report}")
+    print(f"\n{plan}")
+    print("predicted growth of KL divergence from random tokens alone: " + ", ".join(
+        f"{name} {predicted_delta(alphas, {layer.name: layer.t2 for layer in report.layers}):.3g}"
+        for name, report in reports.items()
+    ))  # fmt: skip
+    print()
+    rows = [(name, encode.decode(ids).replace("\n", " ")) for name, ids in said.items()]
+    table("", ("", f"{PROMPT!r} goes on"), rows)
+    check(reports, figures)
+
+
+def show_layers(report: QuantizationReport) -> None:
+    """The layers whose error is furthest from what their grid lets expect, and the mean."""
+    off = sorted(report.layers, key=lambda layer: -abs(layer.t2 / layer.expected - 1))
+    report.table(off[:5])
+    print(f"(the 5 of {len(off)} layers that are furthest from their grid's error)")
+
+
+def check(reports: dict[str, QuantizationReport], figures: list[Figures]) -> None:
+    """Raises where a claim of this stop does not hold."""
+    for name, report in reports.items():
+        expected = sum(layer.expected for layer in report.layers) / len(report.layers)
+        if not abs(report.t2 / expected - 1) <= TOLERANCE:
+            raise RuntimeError(f"{name}: mean t² {report.t2:.4g}, the grids let expect {expected:.4g}")
+    by_name = {figure.name: figure for figure in figures}
+    four, dynamic = by_name[f"{BITS[0]} bits"], by_name[f"{DYNAMIC:g} bits, dynamic"]
+    if not dynamic.perplexity < four.perplexity:
+        raise RuntimeError(f"bits layer by layer do not help: {dynamic.perplexity} against {four.perplexity}")
+    slow = max(figure.speed for figure in figures[: -len(reports)])
+    if not four.speed > slow:
+        raise RuntimeError(f"decoding at 4 bits is no faster: {four.speed:.1f} against {slow:.1f} tokens/s")
