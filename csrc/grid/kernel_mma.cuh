@@ -1,4 +1,4 @@
-// The linear layer for more rows of 16-bit x, on tensor cores.
+// The linear layer for 16-bit x, on tensor cores: even for one row, where they save the lookups half of their bytes.
 //
 // Points are looked up as pairs of 16-bit numbers, and a pair is a register of the instruction's first operand as it comes:
 // the decoded weight is never in memory. Which numbers of a row the instruction takes to be its 16 is free, as long as x
@@ -14,13 +14,13 @@ namespace torchlin::grid {
 
 inline constexpr int kMmaThreads = 512, kMmaWarps = kMmaThreads / 32;
 
-// A warp works on M tiles of 16 rows with 8 N rows of x: what is read of x serves all of them. With two there are no
-// registers left for sums of a block beside those of a row.
-enum class Tiling : int { narrow, tall, blocks };
+// A warp works on M tiles of 16 rows with 8 N rows of x: a number of x that is read serves all of the former, a point that
+// is looked up all of the latter. Only narrow and blocks have registers left for sums of a block beside those of a row.
+enum class Tiling : int { narrow, tall, broad, blocks };
 template <Tiling T>
 inline constexpr int kMmaTiles = T == Tiling::tall ? 2 : 1;
 template <Tiling T>
-inline constexpr int kMmaColumns = T == Tiling::narrow ? 8 : 32;
+inline constexpr int kMmaColumns = T == Tiling::narrow ? 8 : T == Tiling::broad ? 64 : 32;
 
 // Words of a row of x in shared memory, [step][piece of four numbers][lane of four]; an odd number of pieces of all lanes, so
 // that four rows by four lanes reach all banks.
@@ -81,14 +81,16 @@ __global__ void __launch_bounds__(kMmaThreads, 1) grid_mma(Linear a) {
   const int batch0 = static_cast<int>(blockIdx.y) / a.parts * kColumns, groups = (a.out_features + kRows - 1) / kRows;
   const bool bf16 = a.type == Type::bf16;
   const shared_ptr<uint32_t> own = table + lane % ((1 << log_stride) / kWords) * kWords;
-  const bool one_block = T == Tiling::tall || a.blocks == 1;
+  const bool one_block = T == Tiling::tall || T == Tiling::broad || a.blocks == 1;
+  // Columns that are not there repeat one that is, or are zero: they make sums that nobody stores.
+  const int columns = N == 1 ? smaller_of(a.batch - batch0, kColumns) : kColumns;
   const int segments_of_block = one_block ? a.segments : a.block_size / weights;
   const int steps_of_block = one_block ? a.steps : (segments_of_block + 3) / 4;
   const bool aligned = q == P && a.in_features % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % 8 == 0;
 
   // x of steps [first, first + count), a piece a thread.
   const auto stage = [&](int first, int count) {
-    const int total = kColumns * count * 4 * pieces;
+    const int total = columns * count * 4 * pieces;
     TORCHLIN_NO_UNROLL
     for (int m = static_cast<int>(threadIdx.x); m < total; m += kMmaThreads) {
       const int piece = m % pieces, at_lane = m / pieces % 4, rest = m / (4 * pieces), step = rest % count, b = rest / count;
@@ -144,7 +146,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1) grid_mma(Linear a) {
         static_for<2 * M>([&](auto i) { codes[i.value] = next[i.value]; });
         const int following = step + a.splits < end ? step + a.splits : end + split;
         if (following < limit) load(following);
-        const shared_ptr<uint32_t> x_step = x + g * pitch + ((step - chunk0) * pieces * 4 + t) * 2;
+        const shared_ptr<uint32_t> x_step = x + smaller_of(g, columns - 1) * pitch + ((step - chunk0) * pieces * 4 + t) * 2;
         // One instruction for each tile and eight rows of x, with the entries of a piece in each of the lane's rows.
         const auto multiply = [&](int piece, const uint32_t(&entry)[2 * M][kLookups]) {
           uint32_t weight[M][4];

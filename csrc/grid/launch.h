@@ -156,6 +156,7 @@ struct Plan {
 
 // Rows of x from which making the weight costs less than reading codes again for every few rows: by benchmarks/gpu_model_grid.py.
 inline constexpr int64_t kDenseFloat = 48, kDenseMma = 192, kDenseOther = 16;
+inline constexpr int64_t kSmallWeight = int64_t{1} << 16;
 inline constexpr int64_t kDenseBytes = int64_t{16} << 20;  // of weight at a time: it stays in the cache for torch
 
 class Planner {
@@ -173,7 +174,9 @@ class Planner {
     a.blocks = static_cast<int>(w.blocks());
     a.block_size = static_cast<int>(std::clamp<int64_t>(w.block_size, 1, std::max<int64_t>(w.in_features, 1)));
     const bool wide_type = type == Type::f32;
-    if (!wide_type && batch > 4 && batch <= kDenseMma && w.in_features > 0 && plan_mma()) return;
+    // Tensor cores round the points of the grid to 16 bits: not where there is nothing to be gained.
+    const bool worthwhile = batch > 4 || w.in_features * w.out_features >= kSmallWeight;
+    if (!wide_type && worthwhile && batch <= kDenseMma && w.in_features > 0 && plan_mma()) return;
     const int64_t dense = wide_type ? kDenseFloat : kDenseOther;
     if (batch > dense && w.in_features > 0) {
       plan_.path = Path::dense;
@@ -260,10 +263,13 @@ class Planner {
     const int of_block = a.blocks == 1 ? a.segments : a.block_size / (lookups * weights_of_lookup());
     a.steps = static_cast<int>(detail::ceil_div(of_block, 4)) * a.blocks;
 
-    for (const Tiling tiling : {a.blocks == 1 ? Tiling::tall : Tiling::blocks, Tiling::narrow}) {
+    for (const Tiling tiling : {Tiling::broad, a.blocks == 1 ? Tiling::tall : Tiling::blocks, Tiling::narrow}) {
+      if (tiling == Tiling::broad && (a.batch <= 32 || a.blocks > 1)) continue;
       if (tiling != Tiling::narrow && a.batch <= 8) continue;
-      const int rows = tiling == Tiling::tall ? 16 * kMmaTiles<Tiling::tall> : 16 * kMmaTiles<Tiling::blocks>;
-      const int columns = tiling == Tiling::narrow ? kMmaColumns<Tiling::narrow> : kMmaColumns<Tiling::tall>;
+      const int rows = 16 * (tiling == Tiling::tall ? kMmaTiles<Tiling::tall> : kMmaTiles<Tiling::broad>);
+      const int columns = tiling == Tiling::narrow  ? kMmaColumns<Tiling::narrow>
+                          : tiling == Tiling::broad ? kMmaColumns<Tiling::broad>
+                                                    : kMmaColumns<Tiling::tall>;
       const size_t sums = static_cast<size_t>(kMmaWarps * sums_of_warp(columns, rows)) * 4;
       const auto x_bytes = [&](int steps) { return static_cast<size_t>(columns * staged_row(steps, pieces)) * 4; };
       const size_t room = std::min(device_.shared_per_block - table, std::max(sums, size_t{144} << 10));
@@ -380,6 +386,7 @@ void run_linear(Plan plan, float* workspace, Launcher&& launch) {
       else detail::run_gemv<P, 8>(plan, launch);
     } else if constexpr (P <= 4) {
       if (plan.tiling == Tiling::narrow) detail::run_mma<P, Tiling::narrow>(plan, launch);
+      else if (plan.tiling == Tiling::broad) detail::run_mma<P, Tiling::broad>(plan, launch);
       else if (plan.tiling == Tiling::tall) detail::run_mma<P, Tiling::tall>(plan, launch);
       else detail::run_mma<P, Tiling::blocks>(plan, launch);
     }

@@ -66,7 +66,7 @@ tg::Plan plan_of(const tg::Weight& w, uintptr_t x, uintptr_t bias, uintptr_t y, 
 
 py::dict describe(const tg::Plan& plan) {
   static constexpr const char *kPaths[] = {"gemv", "mma", "dense"}, *kSources[] = {"wide", "shared", "global"},
-                              *kTilings[] = {"narrow", "tall", "blocks"};
+                              *kTilings[] = {"narrow", "tall", "broad", "blocks"};
   py::dict d;
   d["path"] = kPaths[static_cast<int>(plan.path)];
   if (plan.path == tg::Path::dense) return d;
