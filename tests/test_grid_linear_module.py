@@ -6,6 +6,8 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 from typing import Any
@@ -462,6 +464,59 @@ def test_a_traced_training_step_transforms_once() -> None:
     torch._dynamo.reset()
     torch.compile(forward, fullgraph=True, backend=backend)(torch.randn(3, 96, requires_grad=True))
     assert sum("_hadamard" in str(node.target) for node in graphs[0].graph.nodes) == 1
+
+
+def test_sharded_by_fsdp() -> None:
+    code = """
+import os, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torchlin.quant import HiggsConfig, quantize_
+store = dist.HashStore()
+dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+model = nn.Sequential(nn.Linear(96, 192), nn.ReLU(), nn.Linear(192, 96))
+quantize_(model, HiggsConfig(n=16, p=1))
+x = torch.randn(4, 96)
+y = model(x).detach()
+model[0].unfreeze_()
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+for module in (model[0], model[2], model):
+    fully_shard(module, mesh=mesh)
+model(x).sum().backward()
+assert model[0].scales.grad is not None
+state = get_model_state_dict(model, options=(options := StateDictOptions(full_state_dict=True)))
+assert (state["0.codes"].dtype, state["2.scales"].dtype) == (torch.uint8, torch.float16)
+set_model_state_dict(model, state, options=options)
+assert torch.allclose(model(x), y, atol=1e-6)
+print("the same")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "the same\n", done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda() -> None:
+    layers = [layer.cuda() for layer in three()]
+    x = torch.randn(3, 96, device="cuda")
+    with torch.no_grad():
+        for layer in layers:
+            want = F.linear(x, layer.weight, layer.bias)
+            assert torch.allclose(layer(x), want, atol=1e-4)
+        assert layers[0]._input is layers[1]._input
+        assert layers[0]._points.device == x.device
+        # A graph must transform what it is given, not what was remembered while it was captured.
+        static = x.clone()
+        for _ in range(2):
+            layers[0](static)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layers[0](static)
+        static.copy_(2 * x)
+        graph.replay()
+        assert torch.allclose(y, F.linear(2 * x, layers[0].weight, layers[0].bias), atol=1e-4)
+    back = copy.deepcopy(layers[0]).cpu()
+    assert torch.allclose(back(x.cpu()), layers[0](x).cpu(), atol=1e-4)
 
 
 # ---- embeddings and experts

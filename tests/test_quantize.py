@@ -168,6 +168,17 @@ def test_a_quantized_model_is_left_alone_the_second_time() -> None:
     assert model.layers[0].q.codes is codes
 
 
+def test_hooks_of_accelerate_stay() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, old = make(), make()
+    hooks.add_hook_to_module(
+        model.layers[0].q, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True)
+    )
+    quantize_(model, FAST)
+    assert model.layers[0].q._hf_hook.execution_device == "cpu"
+    assert relative(model(ids()), old(ids())) < 0.1
+
+
 # ---- which layers, and how
 
 

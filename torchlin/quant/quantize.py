@@ -180,6 +180,12 @@ class Target:
         made[key] = new, error
         if self.kind != "experts":
             _share_hooks(self.module, new)
+            if (
+                hook := getattr(self.module, "_hf_hook", None)
+            ) is not None:  # accelerate moves inputs between devices
+                from accelerate.hooks import add_hook_to_module
+
+                add_hook_to_module(new, hook)
         return new, error
 
 
