@@ -178,11 +178,15 @@ def test_storage_is_what_quantize_stores(shape: tuple[int, int], fields: dict) -
     assert report.layers[0].bits * layer.weight.numel() == storage_bits(shape, fields)
 
 
-def test_default_options_fit_and_are_ordered() -> None:
-    sizes = [storage_bits((512, 512), fields) for fields in default_options()]
-    assert sizes == sorted(sizes)
-    bits = [(size - 16 * 512 - 8 * 512) / 512**2 for size in sizes]
-    assert bits == [2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4, 4.5, 5, 5.5, 6, 8]
+def test_default_options() -> None:
+    found = {}
+    for fields in default_options():
+        bits = (storage_bits((512, 768), fields) - 16 * 512 - 8 * 768) / (512 * 768)
+        found.setdefault(round(bits, 2), []).append(fields["p"])
+    planar = [2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4, 4.5, 5, 5.5, 6]
+    assert sorted(found) == [*planar, 8]
+    assert all(2 in found[bits] for bits in planar)
+    assert (found[3], found[3.25], found[4], found[8]) == ([2, 3, 4], [2, 3], [2, 3], [1])
 
 
 @pytest.mark.parametrize(

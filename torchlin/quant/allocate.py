@@ -21,9 +21,11 @@ Fields = Mapping[str, Any]
 
 
 def default_options() -> list[dict[str, Any]]:
-    """Planar grids from 2 to 6 bits, in steps of a quarter up to 4 and of a half above, and 8 bits with p = 1."""
+    """Planar grids from 2 to 6 bits, in steps of a quarter up to 4 and of a half above; p = 3 and 4 where they are better."""
     bits = [*(2 + i / 4 for i in range(9)), 4.5, 5.0, 5.5, 6.0]
-    return [*({"p": 2, "n": points_within(b, 2)} for b in bits), {"p": 1, "n": 256}]
+    planar = [{"p": 2, "n": points_within(b, 2)} for b in bits]
+    solid = [{"p": 3, "n": 512}, {"p": 3, "n": 830}, {"p": 3, "n": 4096}, {"p": 4, "n": 4096}]
+    return [*planar, *solid, {"p": 1, "n": 256}]
 
 
 @dataclass(frozen=True)
