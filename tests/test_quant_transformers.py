@@ -144,6 +144,20 @@ print("the same")
     assert done.stdout == "the same\n", done.stderr
 
 
+@pytest.mark.parametrize("first", ["torchlin.quant.transformers", "transformers.quantizers.auto"])
+def test_registered_whatever_is_imported_first(first: str) -> None:
+    code = f"""
+import {first}, torchlin
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from torchlin.quant.transformers import HiggsQuantConfig, HiggsQuantizer
+assert AUTO_QUANTIZER_MAPPING["torchlin_higgs"] is HiggsQuantizer
+assert AUTO_QUANTIZATION_CONFIG_MAPPING["torchlin_higgs"] is HiggsQuantConfig
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "RuntimeWarning" not in done.stderr
+
+
 def test_tied_head_and_embedding(tmp_path: Path) -> None:
     model = make(tie_word_embeddings=True)
     quantize_(model, HiggsConfig(n=16, p=1, embeddings=True, modules_to_not_convert=()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -508,4 +510,14 @@ def test_points_within() -> None:
                 assert all(w / d / p > bits for d, w in more)
 
 
-# ---- one real architecture of each kind is in test_quant_transformers.py
+# ---- examples in docstrings
+
+
+@pytest.mark.parametrize(
+    "name", ["torchlin.nn.grid", "torchlin.quant.config", "torchlin.quant.quantize", "torchlin.quant.storage"]
+)
+def test_examples(name: str) -> None:
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, extraglobs={"torch": torch, "torchlin": torchlin})
+    assert result.attempted > 2
+    assert result.failed == 0

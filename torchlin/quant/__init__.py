@@ -1,5 +1,7 @@
 """Whole-model quantization, and the exact transformations that prepare a model for it."""
 
+import importlib
+
 from torchlin._when_imported import when_imported
 from torchlin.quant.allocate import BitPlan, allocate_bits
 from torchlin.quant.alphas import Alphas, LayerAlpha, estimate_alphas
@@ -23,7 +25,8 @@ def register_with_transformers() -> None:
     transformers.register_with_transformers()
 
 
-when_imported("transformers.quantizers.auto", register_with_transformers)
+# The module registers itself at its end: where its own import is what imports transformers, it is not there yet.
+when_imported("transformers.quantizers.auto", lambda: importlib.import_module("torchlin.quant.transformers"))
 
 __all__ = [
     "Alphas",
