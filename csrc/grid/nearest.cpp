@@ -10,10 +10,11 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr size_t kMostInCell = 255, kMostCandidates = size_t{1} << 23;
+constexpr double kRoom = 1.25;         // the box of cells is larger than the grid: normal vectors rarely lie outside of it
 constexpr int32_t kCellsFrom = 24;  // points that are looked at one by one sooner than looked up
 
 struct Box {
-  double low[3], high[3];
+  double low[kMostOfCells], high[kMostOfCells];
 };
 
 // Fills the table by halving the box along every coordinate, down to the cells, and handing on only the points that some
@@ -25,7 +26,7 @@ class CellMaker {
   bool run() {
     std::vector<int32_t> all(index_.n);
     std::iota(all.begin(), all.end(), 0);
-    const int32_t from[3] = {};
+    const int32_t from[kMostOfCells] = {};
     descend(from, index_.side, all);
     return index_.candidates.size() < kMostCandidates;
   }
@@ -38,7 +39,7 @@ class CellMaker {
     if (side == 1 || kept.size() == 1) return fill(from, side, kept);
     const int32_t half = side / 2;
     for (int corner = 0; corner < 1 << index_.p; ++corner) {
-      int32_t at[3] = {};
+      int32_t at[kMostOfCells] = {};
       for (int q = 0; q < index_.p; ++q) at[q] = from[q] + (corner >> q & 1) * half;
       descend(at, half, kept);
     }
@@ -104,13 +105,12 @@ class CellMaker {
     const uint32_t word = static_cast<uint32_t>(index_.candidates.size() << 8 | points.size());
     for (const int32_t i : points) index_.candidates.push_back(static_cast<uint16_t>(i));
     const int p = index_.p;
-    for (int32_t a = 0; a < (p > 2 ? side : 1); ++a) {
-      for (int32_t b = 0; b < (p > 1 ? side : 1); ++b) {
-        int64_t row = p > 2 ? from[2] + a : 0;
-        if (p > 1) row = row * index_.side + from[1] + b;
-        const auto first = index_.words.begin() + row * index_.side + from[0];
-        std::fill(first, first + side, word);
-      }
+    int64_t rows = 1;
+    for (int q = 1; q < p; ++q) rows *= side;
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t first = 0, rest = r;
+      for (int q = p - 1; q > 0; --q) first = (first + from[q] + rest % side) * index_.side, rest /= side;
+      std::fill_n(index_.words.begin() + first + from[0], side, word);
     }
   }
 
@@ -130,14 +130,18 @@ NearestIndex::NearestIndex(const float* grid, int64_t n_, int64_t p_) : n(static
   std::vector<int32_t> order(n);
   std::iota(order.begin(), order.end(), 0);
   make_tree(grid, order.data(), order.data() + n);
-  if (p <= 3 && n >= kCellsFrom) make_cells(grid);
+  if (p <= kMostOfCells && n >= kCellsFrom) make_cells(grid);
 }
 
 void NearestIndex::make_cells(const float* grid) {
-  // Points a cell or so: more cells leave fewer candidates in each, but also the caches.
+  // More cells leave fewer candidates in each, but also the caches.
   const int64_t wanted = std::min<int64_t>(std::max<int64_t>(32 * int64_t{n}, 1 << 12), 1 << 18);
   side = 2;
-  const auto total = [&](int64_t s) { return p == 1 ? s : p == 2 ? s * s : s * s * s; };
+  const auto total = [&](int64_t s) {
+    int64_t cells = 1;
+    for (int32_t q = 0; q < p; ++q) cells *= s;
+    return cells;
+  };
   while (total(side * 2) <= wanted) side *= 2;
   Box box{};
   for (int32_t q = 0; q < p; ++q) {
@@ -145,8 +149,8 @@ void NearestIndex::make_cells(const float* grid) {
     const auto [least, most] = std::minmax_element(row, row + n);
     const double middle = (double{*least} + *most) / 2, half = (double{*most} - *least) / 2;
     if (!(half > 1e-15 && half < 1e15 && std::abs(middle) < 1e4 * half)) return;  // not what cells are good for
-    box.low[q] = middle - half * 1.5;
-    box.high[q] = middle + half * 1.5;
+    box.low[q] = middle - half * kRoom;
+    box.high[q] = middle + half * kRoom;
     low[q] = static_cast<float>(box.low[q]);
     per_unit[q] = static_cast<float>(side / (box.high[q] - box.low[q]));
   }
@@ -163,19 +167,21 @@ int32_t NearestIndex::make_tree(const float* grid, int32_t* begin, int32_t* end)
     for (const int32_t* i = from; i < to; ++i) least = std::min(least, at(*i, q)), most = std::max(most, at(*i, q));
     return std::pair(least, most);
   };
-  if (end - begin <= kFan && !nodes.empty()) {
+  if (end - begin <= kFan && !children.empty()) {
     std::sort(begin, end);
-    Leaf leaf;
+    const size_t self = leaf_indices.size();
+    leaf_indices.emplace_back();
+    leaf_points.resize(leaf_points.size() + p);
     for (int32_t j = 0; j < kFan; ++j) {
       const bool real = j < end - begin;
-      leaf.index[j] = real ? begin[j] : std::numeric_limits<int32_t>::max();
-      for (int32_t q = 0; q < kMostCoordinates; ++q) leaf.points[q][j] = real && q < p ? at(begin[j], q) : kInfinity;
+      leaf_indices[self].lane[j] = real ? begin[j] : std::numeric_limits<int32_t>::max();
+      for (int32_t q = 0; q < p; ++q) leaf_points[self * p + q].lane[j] = real ? at(begin[j], q) : kInfinity;
     }
-    leaves.push_back(leaf);
-    return ~static_cast<int32_t>(leaves.size() - 1);
+    return ~static_cast<int32_t>(self);
   }
-  const int32_t self = static_cast<int32_t>(nodes.size());
-  nodes.emplace_back();
+  const size_t self = children.size();
+  children.emplace_back();
+  boxes.resize(boxes.size() + 2 * p);
   // Halves of halves along the widest coordinate, in whole leaves.
   std::vector<int32_t*> cuts{begin, end};
   for (int round = 0; round < 4; ++round) {
@@ -202,15 +208,15 @@ int32_t NearestIndex::make_tree(const float* grid, int32_t* begin, int32_t* end)
   }
   for (int32_t k = 0; k < kFan; ++k) {
     const bool real = k + 1 < static_cast<int32_t>(cuts.size());
-    for (int32_t q = 0; q < kMostCoordinates; ++q) {
-      const auto [least, most] = real && q < p ? extent(cuts[k], cuts[k + 1], q) : std::pair(kInfinity, kInfinity);
-      nodes[self].low[q][k] = least;
-      nodes[self].high[q][k] = most;
+    for (int32_t q = 0; q < p; ++q) {
+      const auto [least, most] = real ? extent(cuts[k], cuts[k + 1], q) : std::pair(kInfinity, kInfinity);
+      boxes[2 * p * self + q].lane[k] = least;
+      boxes[2 * p * self + p + q].lane[k] = most;
     }
     const int32_t child = real ? make_tree(grid, cuts[k], cuts[k + 1]) : ~0;
-    nodes[self].child[k] = child;  // not before: nodes may have moved
+    children[self].lane[k] = child;  // not before: they may have moved
   }
-  return self;
+  return static_cast<int32_t>(self);
 }
 
 }  // namespace torchlin::grid

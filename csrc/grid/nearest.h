@@ -17,6 +17,7 @@
 namespace torchlin::grid {
 
 inline constexpr int kMostCoordinates = 8;
+inline constexpr int kMostOfCells = 3;  // coordinates that cells are made for; in four they take longer to make than they save
 inline constexpr int kFan = 16;
 
 struct NearestIndex {
@@ -30,21 +31,18 @@ struct NearestIndex {
   // begin << 8 | count into `candidates`, ascending; count 0 leaves the vector to the tree, as the last word does, which
   // is that of everything outside. No words, no cells.
   int32_t side = 0;
-  float low[3] = {}, per_unit[3] = {};
+  float low[kMostOfCells] = {}, per_unit[kMostOfCells] = {};
   std::vector<uint32_t> words;
   std::vector<uint16_t> candidates;
 
-  // Tree: node 0 is the root. A child is another node, or ~leaf. Leaves hold points in order of their indices.
-  struct Node {
-    float low[kMostCoordinates][kFan], high[kMostCoordinates][kFan];
-    int32_t child[kFan];
+  // Tree: node 0 is the root. Node k's boxes are the p lows at boxes[2 * p * k], then the p highs; a child is another node, or
+  // ~leaf. Leaf k's points are the p coordinates at leaf_points[p * k], in order of their indices.
+  template <class T>
+  struct alignas(64) Lanes {
+    T lane[kFan];
   };
-  struct Leaf {
-    float points[kMostCoordinates][kFan];
-    int32_t index[kFan];
-  };
-  std::vector<Node> nodes;
-  std::vector<Leaf> leaves;
+  std::vector<Lanes<float>> boxes, leaf_points;
+  std::vector<Lanes<int32_t>> children, leaf_indices;
 
  private:
   void make_cells(const float* grid);

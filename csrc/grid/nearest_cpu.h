@@ -134,13 +134,14 @@ struct Nearest {
 template <int P>
 void nearest_in_node(const grid::NearestIndex& index, int32_t at, const float* z, Nearest& best) {
   constexpr int kWidth = kLanes<float>, kVectors = grid::kFan / kWidth;
-  const grid::NearestIndex::Node& node = index.nodes[at];
+  const auto* lows = &index.boxes[static_cast<size_t>(2 * P) * at];
+  const int32_t* children = index.children[at].lane;
   alignas(64) float bounds[grid::kFan];
   V<float> least = {};
   for (int v = 0; v < kVectors; ++v) {
     V<float> total = {};
     unroll<P>([&](int q) __attribute__((always_inline)) {
-      const V<float> below = load(&node.low[q][v * kWidth]) - z[q], above = z[q] - load(&node.high[q][v * kWidth]);
+      const V<float> below = load(lows[q].lane + v * kWidth) - z[q], above = z[q] - load(lows[P + q].lane + v * kWidth);
       V<float> step = below > above ? below : above;
       step = step > 0 ? step : V<float>{};
       if (q == 0) {
@@ -154,19 +155,18 @@ void nearest_in_node(const grid::NearestIndex& index, int32_t at, const float* z
     least = v == 0 || total < least ? total : least;
   }
   const auto visit = [&](int k) {
-    if (const int32_t child = node.child[k]; child >= 0) return nearest_in_node<P>(index, child, z, best);
-    else {
-      const grid::NearestIndex::Leaf& leaf = index.leaves[~child];
-      V<float> around[P];
-      unroll<P>([&](int q) __attribute__((always_inline)) { around[q] = splat(z[q]); });
-      for (int v = 0; v < kVectors; ++v) {
-        const V<float> d =
-            distance<P>(around, [&](int q) __attribute__((always_inline)) { return load(&leaf.points[q][v * kWidth]); });
-        if (lane_bits(d <= best.distance) == 0) continue;
-        const float nearest = least_lane(d);
-        const int32_t code = leaf.index[v * kWidth + __builtin_ctz(lane_bits(d == nearest))];
-        if (nearest < best.distance || code < best.code) best = {nearest, code};
-      }
+    const int32_t child = children[k];
+    if (child >= 0) return nearest_in_node<P>(index, child, z, best);
+    const auto* leaf = &index.leaf_points[static_cast<size_t>(P) * ~child];
+    V<float> around[P];
+    unroll<P>([&](int q) __attribute__((always_inline)) { around[q] = splat(z[q]); });
+    for (int v = 0; v < kVectors; ++v) {
+      const V<float> d =
+          distance<P>(around, [&](int q) __attribute__((always_inline)) { return load(leaf[q].lane + v * kWidth); });
+      if (lane_bits(d <= best.distance) == 0) continue;
+      const float nearest = least_lane(d);
+      const int32_t code = index.leaf_indices[~child].lane[v * kWidth + __builtin_ctz(lane_bits(d == nearest))];
+      if (nearest < best.distance || code < best.code) best = {nearest, code};
     }
   };
   // The nearest child first, which leaves little to do for the others.
@@ -197,7 +197,7 @@ template <int R, class Code>
 void nearest_of(const grid::NearestIndex& index, const float* z, int64_t count, Code* codes, float* distances) {
   constexpr int kWidth = kLanes<float>;
   const bool ragged = R < index.p, all = ragged || index.n <= 256;
-  const bool cells = R <= 3 && !ragged && !index.words.empty();
+  const bool cells = R <= grid::kMostOfCells && !ragged && !index.words.empty();
   if (!cells && !all) {
     for (int64_t i = 0; i < count; ++i) {
       const Nearest best = nearest_in_tree<R>(index, z + i * R);
@@ -222,7 +222,7 @@ void nearest_of(const grid::NearestIndex& index, const float* z, int64_t count, 
     V<float> best = splat(std::numeric_limits<float>::infinity());
     V<int32_t> code = {};
     uint32_t rest = 0;
-    if constexpr (R <= 3) {
+    if constexpr (R <= grid::kMostOfCells) {
       if (cells) rest = nearest_of_cell<R>(index, around, best, code);
     }
     if (!cells) nearest_of_all<R>(index, around, best, code);
