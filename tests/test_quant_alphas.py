@@ -161,7 +161,7 @@ def test_noise_and_fisher_agree_on_a_language_model(trained: nn.Module) -> None:
 
 def test_errors_of_layers_add_up(trained: nn.Module) -> None:
     batches = [text(16, 20, seed=3)]
-    found = estimate_alphas(trained, batches, metric="loss", levels=[1e-3] * 12)
+    found = estimate_alphas(trained, batches, metric="loss", levels=[1e-3] * 12, per_row=True)
     together = []
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
@@ -184,7 +184,7 @@ def test_errors_of_layers_add_up(trained: nn.Module) -> None:
 def test_the_shape_of_the_error_does_not_matter(trained: nn.Module) -> None:
     """Rounding of a rotated weight to a coarse uniform grid costs what Gaussian noise of the same size does."""
     batches = [text(16, 20, seed=4)]
-    gaussian = estimate_alphas(trained, batches, metric="kl", levels=[2e-3] * 16)
+    gaussian = estimate_alphas(trained, batches, metric="kl", levels=[2e-3] * 16, per_row=True)
 
     def rounded(weight: Tensor, seed: int) -> Tensor:
         signs = (
@@ -412,7 +412,7 @@ def test_an_interrupted_estimate_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
         ({"metric": "loss", "loss_fn": lambda m, x: m(x).sum()}, "metric 'kl' there, 'loss' here"),
         ({"seed": 1}, "seed 0 there, 1 here"),
         ({"antithetic": True}, "antithetic False there, True here"),
-        ({"per_row": False}, "per_row True there, False here"),
+        ({"per_row": True}, "per_row False there, True here"),
         ({"batches": [torch.ones(9, 5).double()]}, "batches"),
         ({"model": mlp(5, 6, 6, 4, seed=1)}, "weights"),
         ({"modules_to_not_convert": ["2"]}, r"layers \['0', '2', '4'\] there, \['0', '4'\] here"),

@@ -164,7 +164,7 @@ def estimate_alphas(
     metric: str | None = None,
     method: str = "noise",
     antithetic: bool | None = None,
-    per_row: bool = True,
+    per_row: bool = False,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     modules_to_not_convert: Sequence[str] = ("lm_head",),
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
@@ -198,8 +198,8 @@ def estimate_alphas(
         antithetic: measure every level with +u and -u, whose mean has no term that is odd in the noise: on text, the first-
             order term is not zero. By default for "ppl" and "loss"; the first-order term of a KL divergence is zero anyway.
         per_row: errors of a row (of one output) are proportional to the row's norm, as a quantizer with a scale a row makes
-            them, and α is that of such errors. False: they are alike in the whole weight, as in the theorem's plain form.
-            The two differ where large rows are more, or less, sensitive than small ones.
+            them, and α is that of such errors. False: they are alike in the whole weight, the theorem's form. The two
+            differ where large rows are more, or less, sensitive than small ones.
         loss_fn: computes the loss, a scalar tensor, from the model and a batch. By default the model must return logits
             (..., classes), itself or as ``.logits``; for "ppl" and "loss" those of the next token of ``input_ids``.
         modules_to_not_convert: names (or ends of names, or patterns) of modules to leave out.
