@@ -142,7 +142,7 @@ def linear_samples(device: torch.device, dtype: torch.dtype) -> Iterator[battery
         return battery.Sample(name, x, w.packed, w.scales, w.grid, b, block_size=block)
 
     yield sample("1x64-n16", (1, 64), 5, 16, 1)
-    yield sample("1-to-1", (1,), 1, 2, 1)
+    yield sample("1-to-1", (1,), 1, 16, 1)
     yield sample("3x32-n4-bias", (3, 32), 7, 4, 1, 16, bias=True)
     yield sample("2x37-n16-p2-ragged", (2, 37), 6, 16, 2, 8)
     yield sample("1x48-n8", (1, 48), 9, 8, 1, 24)
