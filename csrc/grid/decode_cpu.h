@@ -27,31 +27,63 @@ inline constexpr int kCopySlack = 8;
 
 template <int P, class Code>
 TORCHLIN_INLINE void copy_points(const Code* codes, int64_t size, const float* table, float* to) {
-  constexpr int kStep = static_cast<int>(grid::table_step(P));
+  constexpr int kStep = P <= 2 ? P : P <= 4 ? 4 : 8;
   for (int64_t i = 0; i < size; ++i) std::memcpy(to + i * P, table + int64_t{codes[i]} * kStep, kStep * sizeof(float));
 }
 
+// As many codes as give a vector of numbers, for P = 1 and, where a gather is quick, 2.
+#if TORCHLIN_ISA_BYTES == 64
+inline constexpr int kGathered = 2;
+#else
+inline constexpr int kGathered = 1;
+#endif
+
+template <int P, class Code>
+TORCHLIN_INLINE V<float> gather_points(const float* table, const Code* codes) {
+  static_assert(P <= kGathered);
+#if TORCHLIN_ISA_BYTES == 64
+  if constexpr (P == 2) {
+    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    __m256i at;
+    if constexpr (sizeof(Code) == 1) at = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+    else at = _mm256_cvtepu16_epi32(narrow);
+    return (V<float>)_mm512_mask_i32gather_pd(_mm512_setzero_pd(), 0xff, at, table, 8);
+  }
+  __m512i at;
+  if constexpr (sizeof(Code) == 1) {
+    at = _mm512_maskz_cvtepu8_epi32(kAll, _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  } else {
+    at = _mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  }
+  return gather(table, (V<int32_t>)at);
+#else
+  typename vector_of<Code, kLanes<float>>::type narrow;
+  std::memcpy(&narrow, codes, sizeof narrow);
+  return gather(table, __builtin_convertvector(narrow, V<int32_t>));
+#endif
+}
+
+template <int P, class Code>
+TORCHLIN_INLINE void decode_points_of(const Code* codes, int64_t size, const float* table, float* to) {
+  int64_t i = 0;
+  if constexpr (P <= kGathered) {
+    constexpr int kCodes = kLanes<float> / P;
+    for (; i + kCodes <= size; i += kCodes) store(to + i * P, gather_points<P>(table, codes + i));
+  }
+  copy_points<P>(codes + i, size - i, table, to + i * P);
+}
+
 template <class Code>
-inline void copy_points_of(int64_t p, const Code* codes, int64_t size, const float* table, float* to) {
+inline void decode_points_of(int64_t p, const Code* codes, int64_t size, const float* table, float* to) {
   switch (p) {
-    case 1: {
-      constexpr int W = kLanes<float>;
-      int64_t i = 0;
-      for (; i + W <= size; i += W) {
-        typename vector_of<Code, W>::type narrow;
-        std::memcpy(&narrow, codes + i, sizeof narrow);
-        store(to + i, gather(table, __builtin_convertvector(narrow, V<int32_t>)));
-      }
-      return copy_points<1>(codes + i, size - i, table, to + i);
-    }
-    case 2: return copy_points<2>(codes, size, table, to);
-    case 3: return copy_points<3>(codes, size, table, to);
-    case 4: return copy_points<4>(codes, size, table, to);
-    case 5: return copy_points<5>(codes, size, table, to);
-    case 6: return copy_points<6>(codes, size, table, to);
-    case 7: return copy_points<7>(codes, size, table, to);
-    case 8: return copy_points<8>(codes, size, table, to);
-    default: return;
+    case 1: return decode_points_of<1>(codes, size, table, to);
+    case 2: return decode_points_of<2>(codes, size, table, to);
+    case 3: return decode_points_of<3>(codes, size, table, to);
+    case 4: return decode_points_of<4>(codes, size, table, to);
+    case 5: return decode_points_of<5>(codes, size, table, to);
+    case 6: return decode_points_of<6>(codes, size, table, to);
+    case 7: return decode_points_of<7>(codes, size, table, to);
+    default: return decode_points_of<8>(codes, size, table, to);
   }
 }
 
@@ -59,9 +91,9 @@ inline void copy_points_of(int64_t p, const Code* codes, int64_t size, const flo
 inline void points_of_row(const grid::Weight& w, int64_t row, int64_t begin, int64_t size, const float* table, uint16_t* codes,
                           float* to) {
   const uint8_t* packed = w.packed + row * w.row_bytes;
-  if (w.n == 256) return copy_points_of(w.p, packed + begin, size, table, to);
+  if (w.n == 256) return decode_points_of(w.p, packed + begin, size, table, to);
   unpack_codes(packed, w.row_bytes, w.layout, static_cast<uint32_t>(w.n), begin, size, codes);
-  copy_points_of(w.p, codes, size, table, to);
+  decode_points_of(w.p, codes, size, table, to);
 }
 
 // Numbers [begin, end) of a row, at `to`, times their scales.

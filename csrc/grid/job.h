@@ -56,8 +56,8 @@ struct Kernel {
   LinearKernel linear[3];  // float, f16, bf16
 };
 
-// Points as the lookups read them: 1, 4 or 8 coordinates each, filled up with zeros.
-constexpr int64_t table_step(int64_t p) { return p == 1 ? 1 : p <= 4 ? 4 : 8; }
+// Points as the lookups read them: 1, 2, 4 or 8 coordinates each, filled up with zeros.
+constexpr int64_t table_step(int64_t p) { return p <= 2 ? p : p <= 4 ? 4 : 8; }
 
 inline void fill_table(const float* grid, int64_t n, int64_t p, int64_t step, float* table) {
   for (int64_t c = 0; c < n; ++c) {

@@ -1,10 +1,11 @@
 // y = x W'^T + b. One row of x: permute_cpu.h or lookup_cpu.h, straight from the codes. More: a tile of the weight is made
 // in cache, and multiplied with all rows of x, so that a code is looked up once a call.
 
+template <int Mask = kLanes<float> / 2>
 TORCHLIN_INLINE float sum_lanes(V<float> v) {
-  float sum = 0;
-  for (int i = 0; i < kLanes<float>; ++i) sum += v[i];
-  return sum;
+  v += shuffle_xor<float, Mask>(v);
+  if constexpr (Mask > 1) return sum_lanes<Mask / 2>(v);
+  return v[0];
 }
 
 #include "grid/permute_cpu.h"
@@ -122,102 +123,132 @@ inline constexpr int kTileRows = 4, kTileBatch = 6;  // sums in registers
 #else
 inline constexpr int kTileRows = 2, kTileBatch = 6;
 #endif
-inline constexpr int64_t kBlockRows = 64;  // of the weight, in L2 while x goes by
+// Rows of the weight at a time: few, so that a tile of them stays in L1, or, with many rows of x, in L2 while x goes by.
+TORCHLIN_INLINE int64_t block_rows(int64_t batch) { return batch <= 24 ? 8 : 64; }
 
-// sums[b * kBlockRows + r] += a row of the tile times one of x, over `width` floats.
+// Lane l of the sum of all lanes of rows[l], R rows.
+template <int R>
+TORCHLIN_INLINE V<float> sum_each(const V<float>* rows) {
+  V<int32_t> odd, second;
+  for (int i = 0; i < kLanes<float>; ++i) odd[i] = -(i & 1), second[i] = -(i >> 1 & 1);
+  const auto pair = [](V<int32_t> upper, V<float> a, V<float> b, V<float> a_moved, V<float> b_moved)
+      __attribute__((always_inline)) { return (upper ? b : a) + (upper ? b_moved : a_moved); };
+  const auto once = [&](const V<float>* v) __attribute__((always_inline)) {
+    return pair(odd, v[0], v[1], shuffle_xor<float, 1>(v[0]), shuffle_xor<float, 1>(v[1]));
+  };
+  V<float> sum = once(rows);
+  if constexpr (R == 4) {
+    const V<float> other = once(rows + 2);
+    sum = pair(second, sum, other, shuffle_xor<float, 2>(sum), shuffle_xor<float, 2>(other));
+  } else {
+    sum += shuffle_xor<float, 2>(sum);
+  }
+  if constexpr (kLanes<float> >= 8) sum += shuffle_xor<float, 4>(sum);
+  if constexpr (kLanes<float> >= 16) sum += shuffle_xor<float, 8>(sum);
+  return sum;
+}
+
+// sums[b * sums_step + r] += a row of the tile times one of x, over `width` floats.
 template <int B>
-void multiply_tile(const float* tile, int64_t tile_step, const float* x, int64_t x_step, int64_t width, float* sums) {
+void multiply_tile(const float* tile, int64_t tile_step, const float* x, int64_t x_step, int64_t width, float* sums,
+                   int64_t sums_step) {
   constexpr int W = kLanes<float>, R = kTileRows;
-  V<float> acc[R][B] = {};
+  V<float> acc[B][R] = {};
   for (int64_t i = 0; i < width; i += W) {
     V<float> rows[R];
     unroll<R>([&](int r) __attribute__((always_inline)) { rows[r] = load(tile + r * tile_step + i); });
     unroll<B>([&](int b) __attribute__((always_inline)) {
       const V<float> xv = load(x + b * x_step + i);
-      unroll<R>([&](int r) __attribute__((always_inline)) { acc[r][b] += rows[r] * xv; });
+      unroll<R>([&](int r) __attribute__((always_inline)) { acc[b][r] += rows[r] * xv; });
     });
   }
   unroll<B>([&](int b) __attribute__((always_inline)) {
-    unroll<R>([&](int r) __attribute__((always_inline)) { sums[b * kBlockRows + r] += sum_lanes(acc[r][b]); });
+    const V<float> sum = sum_each<R>(acc[b]);
+    unroll<R>([&](int r) __attribute__((always_inline)) { sums[b * sums_step + r] += sum[r]; });
   });
 }
 
 inline constexpr auto kMultiply = std::array{&multiply_tile<1>, &multiply_tile<2>, &multiply_tile<3>,
                                              &multiply_tile<4>, &multiply_tile<5>, &multiply_tile<6>};
 
-template <class T>
-void linear_rows(const grid::Linear& job, int64_t begin, int64_t end) {
+// Steps [first, last) of some rows as weights, in the order of x. Returns how many floats a row has; what fills it up is zero.
+inline int64_t make_tile(const grid::Linear& job, const Plan& plan, const float* table, int64_t row, int64_t rows, int64_t first,
+                         int64_t last, float* weights, int64_t stride) {
   const grid::Weight& w = job.weight;
-  const Plan plan(job);
-  const float* table = plan.table_floats > 0 ? job.ready + plan.x_floats : w.grid;
-  const auto put = [&](int64_t b, int64_t r, float sum) {
-    const float bias = job.bias == nullptr ? 0 : load_one(static_cast<const T*>(job.bias) + r);
-    store_one(static_cast<T*>(job.y) + b * w.out + r, sum + bias);
-  };
 #if TORCHLIN_ISA_BYTES >= 32
-  const grid::PermutePlan permute = permute_plan(plan, job.ready);
-#endif
-  if (job.batch == 1) {
-    constexpr int64_t kRows = 256;
-    float y[kRows];
-    for (int64_t r = begin; r < end; r += kRows) {
-      const int64_t last = std::min(end, r + kRows);
-#if TORCHLIN_ISA_BYTES >= 32
-      if (plan.permuted) {
-        plan.kernel->gemv(job, permute, y - r, r, last);
-      } else
-#endif
-        switch (grid::table_step(w.p)) {
-          case 1: lookup_gemv<1>(job, table, y - r, r, last); break;
-          case 4: lookup_gemv<4>(job, table, y - r, r, last); break;
-          default: lookup_gemv<8>(job, table, y - r, r, last);
-        }
-      for (int64_t i = r; i < last; ++i) put(0, i, y[i - r]);
-    }
-    return;
+  if (plan.permuted) {
+    plan.kernel->weights(w, permute_plan(plan, job.ready), row, rows, first, last, weights, stride);
+    return (last - first) * plan.step_width;
   }
-
-  const int64_t tile_width = plan.permuted ? plan.tile * plan.step_width : (plan.step_width + kLanes<float> - 1) / kLanes<float> * kLanes<float>;
-  const int64_t tile_step = tile_width + kCopySlack + kLanes<float>;
-  float* weights = grid::Scratch::get<float>(grid::Purpose::kWeights, kBlockRows * tile_step);
-  float* sums = grid::Scratch::get<float>(grid::Purpose::kSums, job.batch * kBlockRows);
-  uint16_t* codes = grid::Scratch::get<uint16_t>(grid::Purpose::kCodes, kLookupRows * kCodesAtATime + plan.step_codes);
-  const int64_t groups = (job.batch + kTileBatch - 1) / kTileBatch;
-  for (int64_t r = begin; r < end; r += kBlockRows) {
-    const int64_t rows = std::min(kBlockRows, end - r), whole = (rows + kTileRows - 1) / kTileRows * kTileRows;
-    for (int64_t i = 0; i < job.batch * kBlockRows; ++i) sums[i] = 0;
-    for (int64_t s = 0; s < plan.steps; s += plan.tile) {
-      const int64_t until = std::min(plan.steps, s + plan.tile);
-      const float* x = job.ready + s * plan.step_width;
-      int64_t width = (until - s) * plan.step_width;
-      if (!plan.permuted) {
-        const int64_t size = std::min(plan.step_codes, w.count - s * plan.step_codes);
-        width = (size * w.p + kLanes<float> - 1) / kLanes<float> * kLanes<float>;
-        for (int64_t i = 0; i < rows; ++i) {
-          float* to = weights + i * tile_step;
-          points_of_row(w, r + i, s * plan.step_codes, size, table, codes, to);
-          apply_scales(w, r + i, s * plan.step_width, std::min(w.in, s * plan.step_width + size * w.p), to);
-          for (int64_t l = std::min(w.in - s * plan.step_width, size * w.p); l < width; ++l) to[l] = 0;
-        }
-      } else {
-#if TORCHLIN_ISA_BYTES >= 32
-        for (int64_t i = 0; i < rows; ++i) plan.kernel->weights(w, permute, r + i, s, until, weights + i * tile_step);
 #endif
-      }
-      for (int64_t i = rows; i < whole; ++i) std::memcpy(weights + i * tile_step, weights, static_cast<size_t>(width) * 4);
+  constexpr int64_t W = kLanes<float>;
+  uint16_t* codes = grid::Scratch::get<uint16_t>(grid::Purpose::kCodes, plan.step_codes);
+  const int64_t code = first * plan.step_codes, size = std::min(plan.step_codes, w.count - code), from = code * w.p;
+  const int64_t width = (size * w.p + W - 1) / W * W, real = std::min(w.in - from, size * w.p);
+  for (int64_t r = row; r < row + rows; ++r, weights += stride) {
+    points_of_row(w, r, code, size, table, codes, weights);
+    apply_scales(w, r, from, from + real, weights);
+    for (int64_t l = real; l < width; ++l) weights[l] = 0;
+  }
+  return width;
+}
+
+template <class T>
+TORCHLIN_INLINE void put(const grid::Linear& job, int64_t b, int64_t r, float sum) {
+  const float bias = job.bias == nullptr ? 0 : load_one(static_cast<const T*>(job.bias) + r);
+  store_one(static_cast<T*>(job.y) + b * job.weight.out + r, sum + bias);
+}
+
+template <class T>
+void one_row(const grid::Linear& job, const Plan& plan, const float* table, int64_t begin, int64_t end) {
+  constexpr int64_t kRows = 256;
+  float y[kRows];
+  for (int64_t r = begin; r < end; r += kRows) {
+    const int64_t last = std::min(end, r + kRows);
+#if TORCHLIN_ISA_BYTES >= 32
+    if (plan.permuted) {
+      plan.kernel->gemv(job, permute_plan(plan, job.ready), y - r, r, last);
+    } else
+#endif
+      kLookupGemv[job.weight.p - 1](job, table, y - r, r, last);
+    for (int64_t i = r; i < last; ++i) put<T>(job, 0, i, y[i - r]);
+  }
+}
+
+template <class T>
+void several_rows(const grid::Linear& job, const Plan& plan, const float* table, int64_t begin, int64_t end) {
+  const int64_t most = block_rows(job.batch), stride = (plan.tile * plan.step_width + kCopySlack) / kLanes<float> * kLanes<float> + 3 * kLanes<float>;
+  float* weights = grid::Scratch::get<float>(grid::Purpose::kWeights, most * stride);
+  float* sums = grid::Scratch::get<float>(grid::Purpose::kSums, job.batch * most);
+  const int64_t groups = (job.batch + kTileBatch - 1) / kTileBatch;
+  for (int64_t r = begin; r < end; r += most) {
+    const int64_t rows = std::min(most, end - r), whole = (rows + kTileRows - 1) / kTileRows * kTileRows;
+    std::memset(sums, 0, static_cast<size_t>(job.batch * most) * sizeof(float));
+    for (int64_t s = 0; s < plan.steps; s += plan.tile) {
+      const int64_t width = make_tile(job, plan, table, r, rows, s, std::min(plan.steps, s + plan.tile), weights, stride);
+      for (int64_t i = rows; i < whole; ++i) std::memcpy(weights + i * stride, weights, static_cast<size_t>(width) * sizeof(float));
+      const float* x = job.ready + s * plan.step_width;
       for (int64_t g = 0, b = 0; g < groups; ++g) {
         const int64_t size = (job.batch - b + groups - g - 1) / (groups - g);
         for (int64_t i = 0; i < whole; i += kTileRows) {
-          kMultiply[static_cast<size_t>(size - 1)](weights + i * tile_step, tile_step, x + b * plan.width, plan.width, width,
-                                                   sums + b * kBlockRows + i);
+          kMultiply[static_cast<size_t>(size - 1)](weights + i * stride, stride, x + b * plan.width, plan.width, width,
+                                                   sums + b * most + i, most);
         }
         b += size;
       }
     }
     for (int64_t b = 0; b < job.batch; ++b) {
-      for (int64_t i = 0; i < rows; ++i) put(b, r + i, sums[b * kBlockRows + i]);
+      for (int64_t i = 0; i < rows; ++i) put<T>(job, b, r + i, sums[b * most + i]);
     }
   }
+}
+
+template <class T>
+void linear_rows(const grid::Linear& job, int64_t begin, int64_t end) {
+  const Plan plan(job);
+  const float* table = plan.table_floats > 0 && !plan.permuted ? job.ready + plan.x_floats : job.weight.grid;
+  if (job.batch == 1) return one_row<T>(job, plan, table, begin, end);
+  several_rows<T>(job, plan, table, begin, end);
 }
 
 template <class T>

@@ -132,7 +132,10 @@ void permute_gemv(const grid::Linear& job, const grid::PermutePlan& plan, float*
     const float* x = job.ready;
     for (int64_t s = 0; s < plan.steps; ++s) {
       V<int32_t> codes[R];
-      unroll<R>([&](int i) __attribute__((always_inline)) { codes[i] = step_codes<Bits>(from[i] + s * kStepBytes<Bits>, last); });
+      unroll<R>([&](int i) __attribute__((always_inline)) {
+        codes[i] = step_codes<Bits>(from[i] + s * kStepBytes<Bits>, last);
+        __builtin_prefetch(from[i] + s * kStepBytes<Bits> + R * w.row_bytes);  // a row is too short for the hardware to notice
+      });
       unroll<G>([&](int j) __attribute__((always_inline)) {
         unroll<P>([&](int q) __attribute__((always_inline)) {
           const V<float> xv = load(x + (j * P + q) * kW);
@@ -163,34 +166,40 @@ void permute_gemv(const grid::Linear& job, const grid::PermutePlan& plan, float*
   }
 }
 
-// Steps [first, last) of a row as weights, in the order of x.
+// Steps [first, last) of some rows as weights, in the order of x.
 template <int Bits, int P>
-void permute_weights(const grid::Weight& w, const grid::PermutePlan& plan, int64_t row, int64_t first, int64_t last, float* to) {
+void permute_weights(const grid::Weight& w, const grid::PermutePlan& plan, int64_t row, int64_t rows, int64_t first, int64_t last,
+                     float* weights, int64_t stride) {
   constexpr int G = kGroup<Bits>;
   const PointTables<Bits, P> tables(w);
-  const uint8_t* from = w.packed + row * w.row_bytes;
   const uint8_t* end = w.packed + w.out * w.row_bytes;
-  V<float> scale = splat(w.blocks > 0 ? scale_at(w, row, 0) : 0.f);
-  for (int64_t s = first; s < last; ++s) {
-    if (plan.first != nullptr) {
-      for (int l = 0; l < kW; ++l) {
-        scale[l] = scale_at(w, row, std::min(int64_t{plan.first[s]} + plan.lane[s * kW + l], w.blocks - 1));
+  for (int64_t r = row; r < row + rows; ++r, weights += stride) {
+    const uint8_t* from = w.packed + r * w.row_bytes;
+    V<float> scale = splat(w.blocks > 0 ? scale_at(w, r, 0) : 0.f);
+    float* to = weights;
+    for (int64_t s = first; s < last; ++s) {
+      if (plan.first != nullptr) {
+        for (int l = 0; l < kW; ++l) {
+          scale[l] = scale_at(w, r, std::min(int64_t{plan.first[s]} + plan.lane[s * kW + l], w.blocks - 1));
+        }
       }
-    }
-    const V<int32_t> codes = step_codes<Bits>(from + s * kStepBytes<Bits>, end);
-    unroll<G>([&](int j) __attribute__((always_inline)) {
-      unroll<P>([&](int q) __attribute__((always_inline)) {
-        store(to, look_up<Bits>(tables.of[q], codes >> (j * Bits)) * scale);
-        to += kW;
+      const V<int32_t> codes = step_codes<Bits>(from + s * kStepBytes<Bits>, end);
+      __builtin_prefetch(from + s * kStepBytes<Bits> + rows * w.row_bytes);
+      unroll<G>([&](int j) __attribute__((always_inline)) {
+        unroll<P>([&](int q) __attribute__((always_inline)) {
+          store(to, look_up<Bits>(tables.of[q], codes >> (j * Bits)) * scale);
+          to += kW;
+        });
       });
-    });
+    }
   }
 }
 
 struct PermuteKernel {
   int bits, p, group;
   void (*gemv)(const grid::Linear&, const grid::PermutePlan&, float* y, int64_t begin, int64_t end);
-  void (*weights)(const grid::Weight&, const grid::PermutePlan&, int64_t row, int64_t first, int64_t last, float* to);
+  void (*weights)(const grid::Weight&, const grid::PermutePlan&, int64_t row, int64_t rows, int64_t first, int64_t last,
+                  float* weights, int64_t stride);
 };
 
 template <int Bits, int P>
