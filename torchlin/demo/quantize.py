@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 
+import torch
+
 from torchlin._console import table
 from torchlin.demo import _smollm2
 from torchlin.quant import HiggsConfig, QuantizationReport, allocate_bits, estimate_alphas, quantize_
@@ -13,6 +15,7 @@ from torchlin.quant.predict import predicted_delta
 
 BITS = (4, 3, 2)
 DYNAMIC = 4.0  # bits on average, scales and signs included
+WINDOWS = 16  # of random tokens, that alphas are taken from
 PROMPT = "The capital of France is"
 TOLERANCE = 0.02  # relative, of the mean measured t² and the grid's own error
 
@@ -26,7 +29,10 @@ def run() -> None:
     said = {figures[0].name: continuation(model, prompt)}
 
     configs: dict[str, HiggsConfig] = {f"{bits} bits": HiggsConfig(bits=bits) for bits in BITS}
-    alphas = estimate_alphas(model, method="fisher")
+    tokens = torch.randint(
+        model.config.vocab_size, (WINDOWS, 128), generator=torch.Generator().manual_seed(0)
+    )  # type: ignore[union-attr, arg-type]
+    alphas = estimate_alphas(model, tokens, method="fisher")
     plan = allocate_bits(alphas, None, DYNAMIC)
     configs[f"{DYNAMIC:g} bits, dynamic"] = HiggsConfig.from_plan(plan)
 
