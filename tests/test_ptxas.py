@@ -28,6 +28,7 @@ def benchmark(name: str) -> Any:
 
 gpu_model = benchmark("gpu_model")
 activation_model = benchmark("gpu_model_activation")
+grid_model = benchmark("gpu_model_grid")
 
 pytestmark = pytest.mark.skipif(gpu_model.find_nvcc() is None, reason="no nvcc here")
 
@@ -149,3 +150,62 @@ def test_the_kept_tables_are_of_these_functors():
     with (gpu_model.RESULTS / "activation.csv").open() as file:
         modelled = {row["functor"] for row in csv.DictReader(file)}
     assert modelled == {name for name, k in functors().items() if not any(k.vector_slots)}
+
+
+# -------------------------------------------------------------------------------------------------- grids
+
+
+@pytest.fixture(scope="module")
+def grid_compiled(build_folder) -> tuple[str, str]:
+    return grid_model.compile_ptx(build_folder / "ptxas")
+
+
+@pytest.fixture(scope="module")
+def grid_kernels(grid_compiled) -> list[dict]:
+    return grid_model.parse_ptxas(grid_compiled[1])
+
+
+def test_every_grid_kernel_is_there_and_none_spills(grid_kernels):
+    names = {k["kernel"] for k in grid_kernels}
+    assert names == {
+        f"grid_{name}"
+        for name in ("encode", "decode", "pack", "unpack", "dequantize", "pad", "gemv", "mma", "add")
+    }
+    mma = {(k["coordinates"], k["tiling"], k["source"]) for k in grid_kernels if k["kernel"] == "grid_mma"}
+    assert mma == {(p, t, s) for p in (1, 2, 4) for t in grid_model.TILINGS for s in ("wide", "shared")}
+    for k in grid_kernels:
+        assert k["stack_bytes"] == k["spill_store_bytes"] == k["spill_load_bytes"] == 0, k
+        threads = grid_model.THREADS.get(k["kernel"], 256)
+        # kGemvBlocksOf in kernel_gemv.cuh
+        alone = k["source"] == "wide" and (k["coordinates"] == 4 or k["coordinates"] * k["columns"] >= 16)
+        blocks = 2 if k["kernel"] == "grid_gemv" and not alone else 1
+        assert k["registers"] * threads * blocks <= 65536, k
+
+
+def test_codes_are_read_in_16_byte_vectors(grid_compiled):
+    seen = 0
+    for entry in re.split(r"\.entry ", grid_compiled[0])[1:]:
+        kernel = grid_model.describe(entry[: entry.index("(")].strip())
+        if kernel["source"] != "wide":
+            continue
+        seen += 1
+        rows = 4 if kernel["kernel"] == "grid_gemv" else 4 if kernel["tiling"] == "tall" else 2
+        wide = re.findall(r"ld\.global(?:\.nc)?\.(?:v4\.[buf]32|v2\.[bu]64)", entry)
+        assert len(wide) >= rows, kernel
+        assert ("mma.sync.aligned.m16n8k16" in entry) == (kernel["kernel"] == "grid_mma")
+        # A point of several coordinates is one access.
+        words = kernel["coordinates"] // (1 if kernel["kernel"] == "grid_gemv" else 2)
+        if words > 1:
+            assert re.search(rf"ld\.shared\.v{words}\.[buf]32", entry), kernel
+    assert seen == 9 + 3 * len(grid_model.TILINGS)
+
+
+def test_the_kept_tables_are_of_these_grid_kernels(grid_kernels):
+    """A change of the kernels has to bring its figures along: `python benchmarks/gpu_model_grid.py`."""
+    names = ("kernel", "coordinates", "columns", "tiling", "source")
+    with (gpu_model.RESULTS / "grid_ptxas_sm90.csv").open() as file:
+        kept = [{name: row[name] for name in names} for row in csv.DictReader(file)]
+    assert kept == [{name: str(k[name]) for name in names} for k in grid_kernels]
+    with (gpu_model.RESULTS / "grid.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(grid_model.LAYERS) * len(grid_model.GRIDS) * len(grid_model.BATCHES)

@@ -113,8 +113,12 @@ __device__ __forceinline__ void stage_x(const Linear& a, shared_ptr<float> x, in
   }
 }
 
+// Two blocks leave a thread 128 registers, too few for wide words of long points or of many rows of x: those would spill.
 template <int P, int B, Source S>
-__global__ void __launch_bounds__(kGemvThreads, kGemvBlocks) grid_gemv(Linear a) {
+inline constexpr int kGemvBlocksOf = S == Source::wide && (P == 4 || P * B >= 16) ? 1 : kGemvBlocks;
+
+template <int P, int B, Source S>
+__global__ void __launch_bounds__(kGemvThreads, (kGemvBlocksOf<P, B, S>)) grid_gemv(Linear a) {
   constexpr int R = kGemvRows, N = R * B;
   constexpr bool kAhead = B == 1;  // codes are loaded a step early; else there is work enough to wait behind, and no registers
   const int lookups = S == Source::wide ? kWideCodes : a.rows.words * a.rows.digits;
