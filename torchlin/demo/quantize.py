@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 
@@ -29,9 +30,8 @@ def run() -> None:
     said = {figures[0].name: continuation(model, prompt)}
 
     configs: dict[str, HiggsConfig] = {f"{bits} bits": HiggsConfig(bits=bits) for bits in BITS}
-    tokens = torch.randint(
-        model.config.vocab_size, (WINDOWS, 128), generator=torch.Generator().manual_seed(0)
-    )  # type: ignore[union-attr, arg-type]
+    vocabulary: Any = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    tokens = torch.randint(vocabulary, (WINDOWS, 128), generator=torch.Generator().manual_seed(0))
     alphas = estimate_alphas(model, tokens, method="fisher")
     plan = allocate_bits(alphas, None, DYNAMIC)
     configs[f"{DYNAMIC:g} bits, dynamic"] = HiggsConfig.from_plan(plan)
