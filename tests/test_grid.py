@@ -328,6 +328,25 @@ def test_linear_on_small_integers_is_exact(dtype: torch.dtype, level: str) -> No
         torch.ops.torchlin._set_cpu_isa(before)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_rows_of_bfloat16_on_the_matrix_unit(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight made in strips and torch's product: right on every CPU, chosen where it pays."""
+    w = Weight(1100, 70, 256, 2, "cpu", torch.bfloat16, block=14)
+    x = battery.randn(300, 70, device="cpu", dtype=torch.bfloat16, requires_grad=False)
+    b = battery.randn(1100, device="cpu", dtype=torch.bfloat16, requires_grad=False) if bias else None
+    arguments = (x, w.packed, w.scales.detach(), w.grid, b)
+    monkeypatch.setattr(family, "_MATRIX_UNIT", True)
+    assert family.for_matrix_unit(x)
+    assert not family.for_matrix_unit(x[:200])
+    assert not family.for_matrix_unit(x.float())
+    y = grid_linear(*arguments, block_size=14)
+    true = family.grid_linear_reference(
+        *(None if t is None else t.double() if t.is_floating_point() else t for t in arguments), block_size=14
+    )
+    error = (y.double() - true).norm() / true.norm()
+    assert error < 2 * 2**-9, "more than the rounding of the weight and of the result"
+
+
 def test_scales_alone_learn() -> None:
     """Gradient descent on the scales recovers those that made the targets."""
     w = Weight(8, 24, 16, 2, "cpu", torch.float32, block=8)

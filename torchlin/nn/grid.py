@@ -13,6 +13,7 @@ from torchlin import _library
 from torchlin.functional import grid_dequantize, grid_linear
 from torchlin.nn.grid_input import InputTransform, input_transform, is_plain, points_on
 from torchlin.ops._checks import FLOAT_DTYPES, needs_grad
+from torchlin.ops.grid import for_matrix_unit, run_linear
 from torchlin.ops.grid_codes import packed_bytes
 from torchlin.ops.hadamard_matrix import hadamard_order
 
@@ -276,7 +277,8 @@ class GridLinear(GridWeight):
         rows = self._input.rows(x)  # type: ignore[union-attr]
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)  # type: ignore[assignment]
-        y = raw(rows, codes, scales, self._points, bias, self.block_size)
+        run: Any = run_linear if for_matrix_unit(rows) else raw
+        y = run(rows, codes, scales, self._points, bias, self.block_size)
         return y if x.dim() == 2 else y.view((*x.shape[:-1], self.out_features))
 
     def _differentiable(self, x: Tensor) -> Tensor:
