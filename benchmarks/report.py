@@ -253,8 +253,9 @@ BLOCKS: dict[str, Callable[[Path], list[str]]] = {
     "activation-all": _runs("activation_all.csv", catalogue_counts),
     "activation-worst": _runs("activation_all.csv", catalogue_worst),
     "activation-train": trained,
+    "grid": _goals("grid.csv", by_size),
 }
-GOALS = ("hadamard", "activation")
+GOALS = ("hadamard", "activation", "grid")
 
 
 def generate(results: Path, name: str = "") -> str:

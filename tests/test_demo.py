@@ -148,4 +148,4 @@ def test_an_unknown_stop_is_refused(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         demo.main(["rotate", "nowhere"])
     assert caught.value.code == 2
-    assert "no stop named nowhere; there are: activations, rotate" in capsys.readouterr().err
+    assert "no stop named nowhere; there are: activations, quantize, rotate" in capsys.readouterr().err

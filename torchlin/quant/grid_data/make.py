@@ -17,7 +17,7 @@ from torchlin.quant.grids import VERSION, Grid, grid, grid_text, read_grid
 
 FOLDER = Path(__file__).resolve().parent
 SHIPPED = (
-    *((n, 2) for n in (4, 8, 16, 22, 32, 45, 64, 88, 90, 128, 181, 256, 512, 1024, 2048, 4096)),
+    *((n, 2) for n in (4, 8, 16, 22, 32, 45, 64, 88, 90, 128, 181, 256, 512, 1024, 2048)),
     *((n, 3) for n in (8, 64, 512, 830, 4096)),
     *((n, 4) for n in (16, 64, 256, 4096)),
 )
