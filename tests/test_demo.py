@@ -149,3 +149,57 @@ def test_an_unknown_stop_is_refused(capsys: pytest.CaptureFixture) -> None:
         demo.main(["rotate", "nowhere"])
     assert caught.value.code == 2
     assert "no stop named nowhere; there are: activations, quantize, rotate" in capsys.readouterr().err
+
+
+class _Words:
+    def __call__(self, text: str) -> torch.Tensor:
+        return torch.arange(3, 9)
+
+    def decode(self, ids: torch.Tensor) -> str:
+        return " ".join(map(str, ids.tolist()))
+
+
+def test_quantize(small, monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pytest.CaptureFixture) -> None:
+    from torchlin.demo import _smollm2, quantize
+
+    seen: list[tuple] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_smollm2, "load", lambda: (small, _Words()))
+    monkeypatch.setattr(
+        quantize, "check", lambda *arguments: seen.append(arguments)
+    )  # claims about a large model
+    assert demo.main(["quantize"]) == 0
+    out = capsys.readouterr().out
+    ((reports, figures),) = seen
+    assert [figure.name for figure in figures] == ["float32", "bfloat16", *reports]
+    sizes = [figure.size for figure in figures]
+    assert sizes[2] > sizes[3] > sizes[4], "fewer bits, smaller models"
+    assert 4.0 >= reports["4 bits, dynamic"].bits > 3
+    assert "layers alone at 4 bits" in out
+    assert (tmp_path / quantize.PICTURE).stat().st_size > 1000
+
+
+def test_quantize_checks_its_claims() -> None:
+    from torchlin.demo.quantize import check
+    from torchlin.quant.command import Figures
+    from torchlin.quant.report import LayerReport, QuantizationReport
+
+    def report(t2: float) -> QuantizationReport:
+        layer = LayerReport("a", "Linear", (8, 8), "optimal-p2-n256-v1", 8, 8, 4.0, t2, 0.0077, 256, 32)
+        return QuantizationReport((layer,), {}, 256, 32, 0.1)
+
+    def figures(four: float, dynamic: float, speed: float) -> list[Figures]:
+        return [
+            Figures("float32", 9, 15.0, 10.0),
+            Figures("4 bits", 5, four, speed),
+            Figures("4 bits, dynamic", 5, dynamic, speed),
+        ]
+
+    names = ("4 bits", "4 bits, dynamic")
+    check(dict.fromkeys(names, report(0.0077)), figures(20.0, 17.0, 11.0))
+    with pytest.raises(RuntimeError, match="the grids let expect"):
+        check(dict.fromkeys(names, report(0.009)), figures(20.0, 17.0, 11.0))
+    with pytest.raises(RuntimeError, match="do not help"):
+        check(dict.fromkeys(names, report(0.0077)), figures(20.0, 21.0, 11.0))
+    with pytest.raises(RuntimeError, match="no faster"):
+        check(dict.fromkeys(names, report(0.0077)), figures(20.0, 17.0, 9.0))
