@@ -30,7 +30,7 @@ from torchlin.quant.evaluate import continuation
 BITS = (4, 3, 2)
 DYNAMIC = 4.0  # bits on average, scales and signs included
 WINDOWS = 16  # of random tokens, that alphas are taken from
-TOKENS = 256  # of text, on which every layer is measured alone
+TOKENS = 128  # of text, on which every layer is measured alone
 PICTURE = Path("demo-output") / "predicted-vs-measured.png"
 PROMPT = "The capital of France is"
 TOLERANCE = 0.02  # relative, of the mean measured t² and the grid's own error
