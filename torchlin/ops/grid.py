@@ -394,12 +394,12 @@ def _on_matrix_unit(
     rows: Tensor, packed: Tensor, scales: Tensor, grid: Tensor, bias: Tensor | None, block_size: int
 ) -> Tensor:
     """The weight is made a strip at a time, in bfloat16; sums are float32."""
-    y = rows.new_empty(rows.shape[0], packed.shape[0])
+    strips = []  # joined at the end: a write into one result is nothing that vmap could batch
     for at in range(0, packed.shape[0], _STRIP):
         strip = slice(at, at + _STRIP)
         weight = _raw._grid_dequantize(packed[strip], scales[strip], grid, rows.shape[1], block_size)
-        y[:, strip] = F.linear(rows, weight.to(rows.dtype), None if bias is None else bias[strip])
-    return y
+        strips.append(F.linear(rows, weight.to(rows.dtype), None if bias is None else bias[strip]))
+    return torch.cat(strips, -1) if strips else rows.new_empty(rows.shape[0], 0)
 
 
 def kernel_scales(scales: Tensor) -> Tensor:
