@@ -4,9 +4,12 @@ from torchlin.ops.activation import activation, gated_activation
 from torchlin.ops.grid import grid_decode, grid_dequantize, grid_encode, grid_linear
 from torchlin.ops.grid_codes import grid_pack, grid_unpack
 from torchlin.ops.hadamard import hadamard_transform
+from torchlin.ops.mixup import cutmix, mixup
+from torchlin.ops.triplet import sample_triplet
 
 __all__ = [
     "activation",
+    "cutmix",
     "gated_activation",
     "grid_decode",
     "grid_dequantize",
@@ -15,4 +18,6 @@ __all__ = [
     "grid_pack",
     "grid_unpack",
     "hadamard_transform",
+    "mixup",
+    "sample_triplet",
 ]
