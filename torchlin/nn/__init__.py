@@ -4,6 +4,14 @@ from torchlin.nn.activation import Activation, GatedActivation
 from torchlin.nn.activation_from import from_torch
 from torchlin.nn.grid import GridBank, GridEmbedding, GridLinear
 from torchlin.nn.hadamard import HadamardTransform
+from torchlin.nn.projection import (
+    IdentityHead,
+    ProjectionHead,
+    ReweightingHead,
+    SymmetricReLU,
+    spectral_contrastive_loss,
+    strip_heads_,
+)
 
 __all__ = [
     "Activation",
@@ -12,5 +20,11 @@ __all__ = [
     "GridEmbedding",
     "GridLinear",
     "HadamardTransform",
+    "IdentityHead",
+    "ProjectionHead",
+    "ReweightingHead",
+    "SymmetricReLU",
     "from_torch",
+    "spectral_contrastive_loss",
+    "strip_heads_",
 ]
