@@ -4,6 +4,14 @@ from torchlin.nn.activation import Activation, GatedActivation
 from torchlin.nn.activation_from import from_torch
 from torchlin.nn.grid import GridBank, GridEmbedding, GridLinear
 from torchlin.nn.hadamard import HadamardTransform
+from torchlin.nn.mixup import (
+    AdaMixUp,
+    IntrusionDiscriminator,
+    Mixup,
+    MixupSchedule,
+    intrusion_loss,
+    mixup_cross_entropy,
+)
 from torchlin.nn.projection import (
     IdentityHead,
     ProjectionHead,
@@ -15,16 +23,22 @@ from torchlin.nn.projection import (
 
 __all__ = [
     "Activation",
+    "AdaMixUp",
     "GatedActivation",
     "GridBank",
     "GridEmbedding",
     "GridLinear",
     "HadamardTransform",
     "IdentityHead",
+    "IntrusionDiscriminator",
+    "Mixup",
+    "MixupSchedule",
     "ProjectionHead",
     "ReweightingHead",
     "SymmetricReLU",
     "from_torch",
+    "intrusion_loss",
+    "mixup_cross_entropy",
     "spectral_contrastive_loss",
     "strip_heads_",
 ]
