@@ -31,6 +31,12 @@ GRIDS = [
     (8, 256),
     (8, 65536),
 ]
+# Whose coordinates have 16 bits, in every way to store up to 256 of them: whole and part bytes, two digits in 7 to 15 bits, more.
+FIXED = [
+    *((1, n) for n in (3, 11, 42, 88, 128, 181, 250, 256)),
+    *((2, n) for n in (22, 45, 64, 88, 90, 128, 162, 256)),
+    *((p, n) for p in (3, 4) for n in (22, 88, 128, 181, 256)),
+]
 
 
 @pytest.fixture(params=available_isa_levels())
@@ -60,8 +66,9 @@ def codes_tensor(codes: NDArray[Any], n: int) -> Tensor:
     return torch.from_numpy(codes.astype(np.int64)).to(code_dtype(n))
 
 
-def points(n: int, p: int, seed: int = 0) -> Tensor:
-    return torch.randn(n, p, generator=torch.Generator().manual_seed(seed))
+def points(n: int, p: int, seed: int = 0, unit: float | None = None) -> Tensor:
+    normal = torch.randn(n, p, generator=torch.Generator().manual_seed(seed))
+    return normal if unit is None else normal.div(unit).round().mul(unit)
 
 
 # ---- codes
@@ -82,7 +89,7 @@ def test_pack_is_its_definition(n: int, level: str) -> None:
         assert np.array_equal(again.numpy(), codes)
 
 
-@pytest.mark.parametrize("n", [3, 5, 88, 300, 830, 7800, 65535])
+@pytest.mark.parametrize("n", [3, 5, 22, 88, 181, 250, 300, 830, 7800, 65535])
 def test_what_is_no_code_reads_as_the_last(n: int, level: str) -> None:
     digits, width = code_layout(n)
     count = 5 * digits
@@ -91,11 +98,12 @@ def test_what_is_no_code_reads_as_the_last(n: int, level: str) -> None:
     largest = (1 << width) - 1
     word = [largest // n**i % n if i + 1 < digits else min(largest // n**i, n - 1) for i in range(digits)]
     assert np.array_equal(codes, np.tile(word, (2, 5)))
-    grid = points(n, 1)
-    weight = raw._grid_dequantize(packed, torch.ones(2, 1), grid, count, count)
-    assert torch.equal(weight, grid[torch.from_numpy(codes), 0])
-    y = raw._grid_linear(torch.eye(count), packed, torch.ones(2, 1), grid, None, count)
-    assert torch.equal(y, weight.T)
+    for grid in (points(n, 1), points(n, 1, unit=2.0**-12)):
+        weight = raw._grid_dequantize(packed, torch.ones(2, 1), grid, count, count)
+        assert torch.equal(weight, grid[torch.from_numpy(codes), 0])
+        for x in (torch.eye(count), torch.eye(count)[:1]):
+            y = raw._grid_linear(x, packed, torch.ones(2, 1), grid, None, count)
+            assert torch.equal(y, weight.T[: len(x)])
 
 
 # ---- points
@@ -130,14 +138,21 @@ def test_encode_is_the_first_of_the_nearest(p: int, n: int, level: str) -> None:
 
 
 def weight_of(
-    p: int, n: int, out: int, k: int, block: int, scale_dtype: torch.dtype, seed: int = 0
+    p: int,
+    n: int,
+    out: int,
+    k: int,
+    block: int,
+    scale_dtype: torch.dtype,
+    seed: int = 0,
+    unit: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, NDArray[np.float64]]:
     """packed, scales, grid, and the weight in float64."""
     rng = np.random.default_rng(seed)
     count = -(-k // p)
     codes = rng.integers(0, n, (out, count))
     packed = np.frombuffer(b"".join(packed_row(row, n) for row in codes), np.uint8)
-    grid = points(n, p, seed + 1)
+    grid = points(n, p, seed + 1, unit)
     scales = torch.from_numpy(rng.uniform(0.5, 2, (out, -(-k // block)))).to(scale_dtype)
     weight = grid.double().numpy()[codes].reshape(out, -1)[:, :k]
     weight = weight * np.repeat(scales.double().numpy(), block, 1)[:, :k]
@@ -174,9 +189,10 @@ def check_linear(
     dtype: torch.dtype,
     scale_dtype: torch.dtype,
     bias: bool,
+    unit: float | None = None,
 ) -> None:
     out, k, block = shape
-    packed, scales, grid, weight = weight_of(p, n, out, k, block, scale_dtype)
+    packed, scales, grid, weight = weight_of(p, n, out, k, block, scale_dtype, unit=unit)
     x = points(batch, k, seed=2).to(dtype)
     b = points(1, out, seed=3)[0].to(dtype) if bias else None
     y = raw._grid_linear(x, packed, scales, grid, b, block)
@@ -204,6 +220,31 @@ def test_linear(p: int, n: int, level: str) -> None:
         for j, batch in enumerate((1, 2, 3, 7, 18)):
             scale_dtype = torch.float16 if (i + j) % 2 else torch.float32
             check_linear(p, n, shape, batch, dtypes[(i + j) % 3], scale_dtype, bias=j % 2 == 0)
+
+
+@pytest.mark.parametrize(("p", "n"), FIXED)
+def test_linear_of_16_bit_points(p: int, n: int, level: str) -> None:
+    for i, shape in enumerate([*shapes_of(p), (6, 640 * p, 4 * p), (3, 64 * p + 1, 64 * p)]):
+        for j, batch in enumerate((1, 4)):
+            check_linear(
+                p, n, shape, batch, torch.float32, torch.float16, bias=bool(j), unit=2.0 ** (-12 - i)
+            )
+
+
+def test_division_of_two_digits_is_exact(level: str) -> None:
+    """Every word of every grid whose two digits share at most 16 bits, those that hold no codes too."""
+    layouts = {n: code_layout(n) for n in range(2, 257)}
+    pairs = {n: width for n, (digits, width) in layouts.items() if digits == 2 and width <= 16}
+    assert len(pairs) == 38
+    for n, width in pairs.items():
+        words = np.arange(1 << width).reshape(-1, min(128, 1 << width))
+        bits = words[..., None] >> np.arange(width) & 1
+        packed = torch.from_numpy(np.packbits(bits.reshape(len(words), -1).astype(np.uint8), 1, "little"))
+        k = 2 * words.shape[1]
+        weight = np.stack((words % n, np.minimum(words // n, n - 1)), -1).reshape(len(words), k)
+        grid = torch.arange(n)[:, None].float()
+        y = raw._grid_linear(torch.eye(k), packed, torch.ones(len(words), 1), grid, None, k)
+        assert np.array_equal(y.T.numpy(), weight), n
 
 
 @pytest.mark.parametrize(("p", "n"), [(1, 16), (2, 16), (2, 256), (2, 88), (4, 4096), (1, 256)])

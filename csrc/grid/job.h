@@ -33,11 +33,14 @@ struct Linear {
   const float* ready = nullptr;  // what `prepare` made of x and the grid
 };
 
-// What scales the steps of permute_cpu.h: nothing where a row has one scale.
+// What the kernels of permute_cpu.h and bytes_cpu.h know of a row: its steps, what scales them (nothing where a row has one
+// scale), and the points as bytes, in multiples of `unit`.
 struct PermutePlan {
   int64_t steps;
-  const int32_t* first;
-  const int32_t* lane;
+  const int32_t* first = nullptr;
+  const int32_t* lane = nullptr;
+  const uint8_t* tables = nullptr;
+  float unit = 0;
 };
 
 // Of one element type.

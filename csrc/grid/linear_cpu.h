@@ -1,4 +1,4 @@
-// y = x W'^T + b. One row of x: permute_cpu.h or lookup_cpu.h, straight from the codes. More: a tile of the weight is made
+// y = x W'^T + b. One row of x: permute_cpu.h, bytes_cpu.h or lookup_cpu.h, straight from the codes. More: a tile of the weight is made
 // in cache, and multiplied with all rows of x, so that a code is looked up once a call.
 
 template <int Mask = kLanes<float> / 2>
@@ -9,6 +9,7 @@ TORCHLIN_INLINE float sum_lanes(V<float> v) {
 }
 
 #include "grid/permute_cpu.h"
+#include "grid/bytes_cpu.h"
 #include "grid/lookup_cpu.h"
 
 // How x and the weight's tiles lie for a grid: in steps of a permute kernel, or plainly, in steps of kCodesAtATime codes.
@@ -20,8 +21,9 @@ struct Plan {
   int64_t step_codes, step_width;  // codes and floats of a step
   int64_t steps, width;            // of a row; the last plain step may be shorter
   int64_t tile;                    // steps of a tile
-  int64_t x_floats, table_floats;
-  bool lanes = false;  // several scales a row, in a permuted order
+  int64_t x_floats, lane_floats = 0, table_floats = 0;  // of what is prepared
+  bool lanes = false;                                    // several scales a row, in a permuted order
+  float unit = 0;                                        // of the points as bytes, if they are
 
   explicit Plan(const grid::Linear& job) {
     const grid::Weight& w = job.weight;
@@ -32,6 +34,16 @@ struct Plan {
       const bool fits = w.blocks <= 1 || w.block % (k.group * w.p) == 0;
       if (w.n == int64_t{1} << k.bits && w.p == k.p && fits) kernel = &k;
     }
+#if TORCHLIN_ISA_BYTES == 64
+    if (kernel == nullptr && w.n <= 256 && w.p <= 4 && (w.blocks <= 1 || w.block % (kByteGroup * w.p) == 0) &&
+        ByteCodes::reads(w.layout) && byte_kernels_run()) {
+      unit = fixed_point_unit(w.grid, w.n * w.p);
+      if (unit != 0) {
+        kernel = &kByteKernels[byte_tables(w.n) / 2][w.p - 1];
+        table_floats = 2 * w.p * byte_tables(w.n) * 64 / static_cast<int64_t>(sizeof(float));
+      }
+    }
+#endif
     if (kernel != nullptr) {
       permuted = true;
       step_codes = int64_t{kernel->group} * W;
@@ -41,7 +53,7 @@ struct Plan {
       tile = std::max<int64_t>(1, kTileWidth / step_width);
       lanes = w.blocks > 1;
       x_floats = job.batch * width;
-      table_floats = lanes ? steps * (W + 1) : 0;
+      lane_floats = lanes ? steps * (W + 1) : 0;
       return;
     }
 #endif
@@ -58,15 +70,22 @@ struct Plan {
 
 inline int64_t linear_prepared(const grid::Linear& job) {
   const Plan plan(job);
-  return plan.x_floats + plan.table_floats;
+  return plan.x_floats + plan.lane_floats + plan.table_floats;
 }
 
 #if TORCHLIN_ISA_BYTES >= 32
 // The first block of each step, and which from there on a lane's codes belong to.
 inline grid::PermutePlan permute_plan(const Plan& plan, const float* ready) {
-  if (!plan.lanes) return {plan.steps, nullptr, nullptr};
-  const int32_t* lane = reinterpret_cast<const int32_t*>(ready + plan.x_floats);
-  return {plan.steps, lane + plan.steps * kW, lane};
+  grid::PermutePlan row{plan.steps};
+  if (plan.lanes) {
+    row.lane = reinterpret_cast<const int32_t*>(ready + plan.x_floats);
+    row.first = row.lane + plan.steps * kW;
+  }
+  if (plan.unit != 0) {
+    row.tables = reinterpret_cast<const uint8_t*>(ready + plan.x_floats + plan.lane_floats);
+    row.unit = plan.unit;
+  }
+  return row;
 }
 #endif
 
@@ -98,6 +117,12 @@ void linear_prepare(const grid::Linear& job, float* ready) {
   }
 #if TORCHLIN_ISA_BYTES >= 32
   if (plan.permuted) {
+#if TORCHLIN_ISA_BYTES == 64
+    if (plan.unit != 0) {
+      uint8_t* tables = reinterpret_cast<uint8_t*>(ready + plan.x_floats + plan.lane_floats);
+      fill_byte_tables(w.grid, w.n, w.p, plan.unit, tables);
+    }
+#endif
     if (!plan.lanes) return;
     int32_t* lane = reinterpret_cast<int32_t*>(ready + plan.x_floats);
     int32_t* first = lane + plan.steps * kW;

@@ -109,6 +109,28 @@ struct PointTables {
   }
 };
 
+// ---- scales of a step
+
+// Lane l takes its block's out of a row's scales, which have room for a vector more.
+TORCHLIN_INLINE V<float> lane_scales(const grid::PermutePlan& plan, int64_t step, const float* scales) {
+  V<int32_t> lane;
+  std::memcpy(&lane, plan.lane + step * kW, sizeof lane);
+  const V<float> near = load(scales + plan.first[step]);
+#if TORCHLIN_ISA_BYTES == 64
+  return (V<float>)_mm512_maskz_permutexvar_ps(kAll, (__m512i)lane, (__m512)near);
+#else
+  return (V<float>)_mm256_permutevar8x32_ps((__m256)near, (__m256i)lane);
+#endif
+}
+
+inline V<float> row_scales(const grid::Weight& w, const grid::PermutePlan& plan, int64_t row, int64_t step) {
+  V<float> scale;
+  for (int l = 0; l < kW; ++l) {
+    scale[l] = scale_at(w, row, std::min(int64_t{plan.first[step]} + plan.lane[step * kW + l], w.blocks - 1));
+  }
+  return scale;
+}
+
 // ---- one row of x
 
 // Rows [begin, end) of y, four at a time, that their chains of sums overlap. Scales of a step are `scales + first[step]`, lane l
@@ -146,16 +168,8 @@ void permute_gemv(const grid::Linear& job, const grid::PermutePlan& plan, float*
       });
       x += G * P * kW;
       if (plan.first != nullptr) {
-        V<int32_t> lane;
-        std::memcpy(&lane, plan.lane + s * kW, sizeof lane);
         unroll<R>([&](int i) __attribute__((always_inline)) {
-          const V<float> near = load(scales + i * room + plan.first[s]);
-#if TORCHLIN_ISA_BYTES == 64
-          const V<float> scale = (V<float>)_mm512_maskz_permutexvar_ps(kAll, (__m512i)lane, (__m512)near);
-#else
-          const V<float> scale = (V<float>)_mm256_permutevar8x32_ps((__m256)near, (__m256i)lane);
-#endif
-          totals[i] += sums[i] * scale;
+          totals[i] += sums[i] * lane_scales(plan, s, scales + i * room);
           sums[i] = V<float>{};
         });
       }
@@ -178,11 +192,7 @@ void permute_weights(const grid::Weight& w, const grid::PermutePlan& plan, int64
     V<float> scale = splat(w.blocks > 0 ? scale_at(w, r, 0) : 0.f);
     float* to = weights;
     for (int64_t s = first; s < last; ++s) {
-      if (plan.first != nullptr) {
-        for (int l = 0; l < kW; ++l) {
-          scale[l] = scale_at(w, r, std::min(int64_t{plan.first[s]} + plan.lane[s * kW + l], w.blocks - 1));
-        }
-      }
+      if (plan.first != nullptr) scale = row_scales(w, plan, r, s);
       const V<int32_t> codes = step_codes<Bits>(from + s * kStepBytes<Bits>, end);
       __builtin_prefetch(from + s * kStepBytes<Bits> + rows * w.row_bytes);
       unroll<G>([&](int j) __attribute__((always_inline)) {

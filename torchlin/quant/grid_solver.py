@@ -20,9 +20,8 @@ from torchlin import _library
 
 _raw: Any = torch.ops.torchlin
 
-UNIT = (
-    2.0**-16
-)  # coordinates are multiples of it: exact in float32 and short as text; the error grows by less than 1e-11
+_UNIT = 2.0**-16  # coordinates of many points are multiples of it: the error grows by less than 1e-11
+_FEW = 256  # points have 16-bit coordinates, two bytes that csrc/grid/bytes_cpu.h looks up: the error grows by less than 1e-8
 _FAR = 1e3  # a point beyond it spoils the exact integrals of its cell: |z - c|^2 of no mass
 _TRAINING, _SCALING, _CERTIFYING = 1, 2, 3  # streams of samples that share nothing
 
@@ -91,11 +90,19 @@ def solve(n: int, p: int, effort: float = 1.0, seed: int = 0) -> Made:
     return Made(points, *certify(points))
 
 
+def unit_of(points: Tensor) -> float:
+    """The power of two that coordinates of (n, p) points are rounded to multiples of."""
+    if len(points) > _FEW:
+        return _UNIT
+    return 2.0 ** (math.frexp(float(points.abs().max()))[1] - 15)
+
+
 def canonical(points: Tensor) -> Tensor:
-    """Coordinates rounded to multiples of UNIT, points in lexicographic order."""
-    rounded = (points.double() / UNIT).round()
+    """Coordinates rounded to multiples of a unit, points in lexicographic order."""
+    unit = unit_of(points)
+    rounded = (points.double() / unit).round()
     order = np.lexsort(rounded.numpy().T[::-1])
-    return rounded[torch.from_numpy(order.copy())] * UNIT
+    return rounded[torch.from_numpy(order.copy())] * unit
 
 
 def _solve_plane(n: int, effort: float, seed: int) -> Tensor:
@@ -274,8 +281,9 @@ class _Shells:
         self.error = math.inf
 
     def points(self) -> Tensor:
-        """With factors that are multiples of UNIT, so that every point is the integer vector times a float32 number."""
-        factors = (self._factors / UNIT).round() * UNIT
+        """With factors that are multiples of a unit, so that every point is the integer vector times a float32 number."""
+        unit = unit_of(self._vectors * self._factors[self._shell].unsqueeze(1))
+        factors = (self._factors / unit).round() * unit
         return self._vectors * factors[self._shell].unsqueeze(1)
 
     def fit(self, steps: int) -> None:

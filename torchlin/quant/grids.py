@@ -25,7 +25,7 @@ from torch import Tensor
 from torchlin.ops.grid import LARGEST_P
 from torchlin.ops.grid_codes import LARGEST_N, code_layout
 from torchlin.quant.grid_line import line_mse, optimal_levels, uniform_levels
-from torchlin.quant.grid_solver import LATTICES, UNIT, Made, certify, solve, solve_lattice
+from torchlin.quant.grid_solver import LATTICES, Made, canonical, certify, solve, solve_lattice, unit_of
 
 KINDS = ("optimal", "uniform", "d4", "e8")
 VERSION = 1  # of the points that this library gives for a kind, n and p
@@ -188,14 +188,21 @@ def _grid(n: int, p: int, kind: str) -> Grid:
     return result
 
 
-def _make_line(levels_of: Callable[[int], np.ndarray], n: int) -> Made:
-    points = torch.from_numpy(levels_of(n).astype(np.float32)).unsqueeze(1)
-    return Made(points, *_certified(points))
+def _line(levels: np.ndarray) -> Made:
+    points = torch.from_numpy(levels).unsqueeze(1)
+    return Made(points, *_certified(points.float()))
+
+
+def _optimal_line(n: int) -> Made:
+    levels = optimal_levels(n)
+    if 64 < n <= 256:  # fewer are looked up as they are, more are gathered: neither needs 16 bits
+        levels = canonical(torch.from_numpy(levels).unsqueeze(1)).squeeze(1).numpy()
+    return _line(levels)
 
 
 _MAKERS: dict[str, Callable[[int, int], Made]] = {
-    "optimal": lambda n, p: _make_line(optimal_levels, n) if p == 1 else solve(n, p),
-    "uniform": lambda n, p: _make_line(uniform_levels, n),
+    "optimal": lambda n, p: _optimal_line(n) if p == 1 else solve(n, p),
+    "uniform": lambda n, p: _line(uniform_levels(n)),
     "d4": lambda n, p: solve_lattice("d4", n),
     "e8": lambda n, p: solve_lattice("e8", n),
 }
@@ -212,7 +219,7 @@ def _certified(points: Tensor) -> tuple[float, float]:
 
 def grid_text(grid: Grid) -> str:
     """A grid as a text file: fields, an empty line, a point a line, in multiples of `unit`."""
-    unit = UNIT if grid.p > 1 else 1.0
+    unit = unit_of(grid.points) if grid.p > 1 else 1.0
     fields = {
         "grid": grid.id,
         "mse": repr(grid.mse),
