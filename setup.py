@@ -184,10 +184,11 @@ def cuda_rules(torch_dir: Path, debug: bool) -> list[str]:
 
 
 def ninja() -> str:
-    if found := shutil.which("ninja"):
-        return found
-    from ninja import BIN_DIR
-
+    """The environment's own before the machine's: another version cannot read the log, and would build everything anew."""
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        return shutil.which("ninja") or "ninja"
     return str(Path(BIN_DIR) / "ninja")
 
 

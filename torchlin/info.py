@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 import platform
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torchlin import _console, _library, registry
+from torchlin import _console, _library, functional, registry
 
 DEVICES = ("cpu", "cuda")
 
@@ -27,7 +26,7 @@ def collect() -> dict[str, Any]:
         >>> import torchlin.info
         >>> facts = torchlin.info.collect()
         >>> facts["ops"][0]["op"], facts["ops"][0]["reference"]
-        ('hadamard_transform', True)
+        ('activation', True)
     """
     return {
         "versions": _versions(),
@@ -92,22 +91,18 @@ def _compiler(library: Path) -> str | None:
 
 
 def _ops() -> list[dict[str, Any]]:
-    """One row for each public op: everything in torchlin.ops that has a `*_reference` beside it."""
-    import torchlin.ops
-
+    """One row for each function of torchlin.functional."""
     rows = []
-    for found in pkgutil.iter_modules(torchlin.ops.__path__):
-        module = importlib.import_module(f"torchlin.ops.{found.name}")
-        ops = [
-            name.removesuffix("_reference") for name in vars(module) if re.match(r"[^_].*_reference$", name)
-        ]
-        for op in ops:
-            row: dict[str, Any] = {"op": op, "family": found.name, "reference": True, "why_not": {}}
-            for device in DEVICES:
-                row[device], reason = _kernel(found.name, device)
-                if reason:
-                    row["why_not"][device] = reason
-            rows.append(row)
+    for op in functional.__all__:
+        module = sys.modules[getattr(functional, op).__module__]
+        family = module.__name__.rpartition(".")[2].partition("_")[0]
+        reference = hasattr(module, f"{op}_reference")
+        row: dict[str, Any] = {"op": op, "family": family, "reference": reference, "why_not": {}}
+        for device in DEVICES:
+            row[device], reason = _kernel(family, device)
+            if reason:
+                row["why_not"][device] = reason
+        rows.append(row)
     return rows
 
 
@@ -116,8 +111,13 @@ def _kernel(family: str, device: str) -> tuple[str | None, str]:
     library = _library.status()[device]
     if not library.loaded:
         return None, library.reason
-    raw = [op for op in _library.ops() if op.startswith(f"_{family}_")]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    raw = [
+        op
+        for op in _library.ops()
+        if f"{op}_".startswith(f"_{family}_")
+        and not has_kernel(f"torchlin::{op}", "CompositeExplicitAutograd")  # a loader, which computes nothing
+    ]
     lacking = [op for op in raw if not has_kernel(f"torchlin::{op}", device.upper())]
     if not raw or lacking:
         return None, f"this build has no kernel for {', '.join(lacking) or family}"
