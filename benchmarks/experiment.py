@@ -99,7 +99,7 @@ def run(
     torch.set_num_threads(args.threads)
     try:
         session = Session(f"{family}_train", args.out, args.quick, args.threads)
-        constant = {
+        of_session: dict[str, Any] = {
             f.name: session.constants[f.name] for f in fields(Measured) if f.name in session.constants
         }
         for experiment in experiments:
@@ -110,7 +110,7 @@ def run(
                 for method in experiment.methods:
                     for seed in range(seeds):
                         for quantity, value in experiment.run(method, seed).items():
-                            what = {"method": method, "seed": seed, "quantity": quantity}
+                            what: dict[str, Any] = {"method": method, "seed": seed, "quantity": quantity}
                             rows.append(Measured(**constant, **what, value=float(value)))
                         bar.advance(description=f"{experiment.name}: {method}, seed {seed}")
             append(session.file, rows, Measured)
