@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from torchlin.benchmarks.experiment import Measured, grouped, summary
 from torchlin.benchmarks.harness import Row, figure, meets, read, results_folder
 from torchlin.benchmarks.train_activation import COLUMNS as TRAINED_COLUMNS
 from torchlin.benchmarks.train_activation import Trained, lines
@@ -54,7 +55,7 @@ def _verdict(rows: Sequence[Row]) -> str:
     return "missed" if len(missed) == len(rows) else "missed at " + ", ".join(row.size for row in missed)
 
 
-def _threads(row: Row | Trained) -> str:
+def _threads(row: Row | Trained | Measured) -> str:
     return "1 thread" if row.threads == 1 else f"{row.threads} threads"
 
 
@@ -247,6 +248,25 @@ def trained(results: Path) -> list[str]:
     return parts
 
 
+def _experiment(file: str, name: str) -> Callable[[Path], list[str]]:
+    """The last full run of one experiment in each of its settings, a line a method."""
+
+    def of(results: Path) -> list[str]:
+        path = results / file
+        found = [row for row in read(path, Measured) if row.experiment == name] if path.exists() else []
+        parts = []
+        for rows in grouped(found):
+            first, seeds = rows[0], len({row.seed for row in rows})
+            heading = (
+                f"{first.setting}, {seeds} seeds; {first.machine}, {first.isa}, torch {first.torch}, {_threads(first)}, "
+                f"{first.date[:10]}, commit {first.commit}:"
+            )
+            parts.append(f"{heading}\n\n{_table(*summary(rows))}")
+        return parts
+
+    return of
+
+
 BLOCKS: dict[str, Callable[[Path], list[str]]] = {
     "hadamard": _goals("hadamard.csv", by_size),
     "activation": _goals("activation.csv", by_name),
@@ -254,6 +274,11 @@ BLOCKS: dict[str, Callable[[Path], list[str]]] = {
     "activation-worst": _runs("activation_all.csv", catalogue_worst),
     "activation-train": trained,
     "grid": _goals("grid.csv", by_size),
+    "mixup-patches": _experiment("mixup_train.csv", "patches"),
+    "mixup-line": _experiment("mixup_train.csv", "line"),
+    "mixup-digits": _experiment("mixup_train.csv", "digits"),
+    "projection-weights": _experiment("projection_train.csv", "weights"),
+    "projection-mismatch": _experiment("projection_train.csv", "mismatch"),
 }
 GOALS = ("hadamard", "activation", "grid")
 
