@@ -85,8 +85,8 @@ def train(head: str, seed: int, protocol: Protocol) -> tuple[nn.Module, nn.Modul
     generator = torch.Generator().manual_seed(seed)
     data = protocol.data()
     encoder, top = nn.Linear(data.count, data.count, bias=False), HEADS[head](data.count, protocol.kappa)
-    linears = [encoder] if head == "identity head" else [encoder, *top.modules()]
-    for layer in linears:
+    small: list[nn.Module] = [encoder, *top.modules()] if head == "linear head" else [encoder]
+    for layer in small:  # the others start as they usually do: an MLP of little weight would never leave zero
         if isinstance(layer, nn.Linear):
             nn.init.orthogonal_(layer.weight, gain=protocol.initial)
     net = nn.Sequential(encoder, top)
@@ -131,8 +131,13 @@ def measure_weights(method: str, seed: int, protocol: Protocol) -> dict[str, flo
     generator = torch.Generator().manual_seed(1000 + seed)
     before = weights(encoder, protocol.features, generator)
     after = weights(nn.Sequential(encoder, top), protocol.features, generator)
-    expected = protocol.data().solution
+    data = protocol.data()
+    expected, x = data.solution, data.draw(4096, generator)
+    with torch.no_grad():
+        views = [top(encoder(data.augment(x, generator))) for _ in range(2)]
     return {
+        "loss": spectral_contrastive_loss(*views).item(),
+        "best linear loss": -expected.square().sum().item(),
         "strongest over weakest weight, before": (before.max() / before.min()).item(),
         "after": (after.max() / after.min()).item(),
         "theory, before": (expected.max() / expected.min()).sqrt().item(),
