@@ -31,9 +31,9 @@ struct Arguments {
   std::array<std::optional<Tensor>, 10> kept;  // copies of what had other strides
   int count = 0;
 
-  Arguments(const Tensor& a, const OptionalTensor& b, const OptionalTensor& c, const Tensor& target, const OptionalTensor& others,
-            const OptionalTensor& lam, const Tensor& mix, const OptionalTensor& weight, double smoothing, int64_t ignore_index,
-            int64_t penalty, double beta, int64_t how)
+  Arguments(const Tensor& a, const Tensor& target, const Tensor& mix, const OptionalTensor& b, const OptionalTensor& c,
+            const OptionalTensor& others, const OptionalTensor& lam, const OptionalTensor& weight, double smoothing,
+            int64_t ignore_index, int64_t penalty, double beta, int64_t how)
       : reduction(static_cast<Reduction>(how)), like(a) {
     TORCHLIN_CHECK(a.dim() == 2 && b.has_value() == c.has_value() && (b || a.size(0) % 3 == 0) && a.size(1) >= 1,
                    "linearity: logits must be (3B, K) or three (B, K), K >= 1");
@@ -122,11 +122,11 @@ struct Arguments {
   const Tensor& like;
 };
 
-#define TORCHLIN_LINEARITY_PARAMETERS                                                                              \
-  const Tensor &a, const OptionalTensor &b, const OptionalTensor &c, const Tensor &target, const OptionalTensor &others, \
-      const OptionalTensor &lam, const Tensor &mix, const OptionalTensor &weight, double smoothing, int64_t ignore_index, \
-      int64_t penalty, double beta, int64_t reduction
+#define TORCHLIN_LINEARITY_PARAMETERS                                                                                    \
+  const Tensor &a, const Tensor &target, const Tensor &mix, const OptionalTensor &b, const OptionalTensor &c,              \
+      const OptionalTensor &others, const OptionalTensor &lam, const OptionalTensor &weight, double smoothing,             \
+      int64_t ignore_index, int64_t penalty, double beta, int64_t reduction
 #define TORCHLIN_LINEARITY_ARGUMENTS \
-  a, b, c, target, others, lam, mix, weight, smoothing, ignore_index, penalty, beta, reduction
+  a, target, mix, b, c, others, lam, weight, smoothing, ignore_index, penalty, beta, reduction
 
 }  // namespace torchlin::linearity

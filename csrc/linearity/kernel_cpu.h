@@ -105,6 +105,7 @@ TORCHLIN_INLINE void add_product(WideSum& sum, V<float> t, V<float> z) {
 // ---- the passes ----
 
 constexpr int kChains = 4;      // independent accumulators
+constexpr int64_t kLine = 64;   // bytes
 constexpr int64_t kBlock = 16;  // of their sums that are added in float
 
 template <class C, Base kBase>
@@ -140,9 +141,9 @@ TORCHLIN_INLINE First<C, kBase> first_pass(const C* z, [[maybe_unused]] const C*
 TORCHLIN_INLINE V<float> exp_below(V<float> x) { return tl::exp_core(x); }
 TORCHLIN_INLINE V<double> exp_below(V<double> x) { return tl::exp_pair(x).v; }
 
-// The sum of exp(z - top); the terms to e if that is wanted.
+// The sum of exp(z - top); the terms to e if that is wanted. What comes next, next_z and next_e, is fetched meanwhile.
 template <class C, bool kKeep>
-TORCHLIN_INLINE double exponentials(const C* z, C top, C* e, int64_t n) {
+TORCHLIN_INLINE double exponentials(const C* z, C top, C* e, int64_t n, const C* next_z, [[maybe_unused]] C* next_e) {
   constexpr int64_t W = kLanes<C>;
   V<C> part[kChains];
   WideSum sum;
@@ -155,6 +156,10 @@ TORCHLIN_INLINE double exponentials(const C* z, C top, C* e, int64_t n) {
   while (i + kChains * W <= n) {
     const int64_t end = std::min(n - kChains * W, i + (kBlock - 1) * kChains * W);
     for (; i <= end; i += kChains * W) {
+      for (int64_t line = 0; line < kChains * W * static_cast<int64_t>(sizeof(C)); line += kLine) {
+        __builtin_prefetch(reinterpret_cast<const char*>(next_z + i) + line, 0, 2);
+        if constexpr (kKeep) __builtin_prefetch(reinterpret_cast<const char*>(next_e + i) + line, 1, 2);
+      }
       unroll<kChains>([&](int j) __attribute__((always_inline)) {
         const V<C> v = exp_below(load(z + i + j * W) - top);
         if constexpr (kKeep) store(e + i + j * W, v);
@@ -236,7 +241,11 @@ void run_sample(const Job& job, int64_t i, const Target<C>& target) {
     z[t] = static_cast<const C*>(job.logits[t]) + i * job.row_step[t];
     e[t] = kGradient ? static_cast<C*>(job.dlogits) + (t * samples + i) * n : nullptr;
     const First<C, kBase> first = first_pass<C, kBase>(z[t], target.row, n);
-    sum[t] = exponentials<C, kGradient>(z[t], first.top, e[t], n);
+    const int64_t next = t < 2 ? i : i + 1 < samples ? i + 1 : i;
+    const int next_t = (t + 1) % 3;
+    const C* next_z = static_cast<const C*>(job.logits[next_t]) + next * job.row_step[next_t];
+    C* next_e = kGradient ? static_cast<C*>(job.dlogits) + (next_t * samples + next) * n : nullptr;
+    sum[t] = exponentials<C, kGradient>(z[t], first.top, e[t], n, next_z, next_e);
     double inner = kBase == Base::none ? 0 : kBase == Base::constant ? target.base * first.inner : first.inner;
     for (int j = 0; j < target.count; ++j) {
       if (target.named[j].share != 0) inner += target.named[j].share * static_cast<double>(z[t][target.named[j].at]);

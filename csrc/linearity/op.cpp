@@ -136,9 +136,9 @@ void linearity_scale(Tensor rows, const Tensor& by) {
 }  // namespace torchlin
 
 // a alone is (3B, K), with b and c (B, K); target is class numbers (B,) or probabilities (B, K).
-#define TORCHLIN_LINEARITY_SCHEMA                                                                                       \
-  "Tensor a, Tensor? b, Tensor? c, Tensor target, Tensor? others, Tensor? lam, Tensor mix, Tensor? weight, float smoothing, " \
-  "int ignore_index, int penalty, float beta, int reduction"
+#define TORCHLIN_LINEARITY_SCHEMA                                                                                        \
+  "Tensor a, Tensor target, Tensor mix, Tensor? b=None, Tensor? c=None, Tensor? others=None, Tensor? lam=None, "           \
+  "Tensor? weight=None, float smoothing=0, int ignore_index=-100, int penalty=0, float beta=1, int reduction=1"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchlin, m) {
   m.def("_linearity_fwd(" TORCHLIN_LINEARITY_SCHEMA ") -> (Tensor, Tensor)");

@@ -10,6 +10,7 @@ keeps a network locally linear, at the price of a batch of three: no derivative 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from torchlin import _library
 from torchlin.ops._checks import FLOAT_DTYPES, can_look_at, check_float_tensor, in_forward_mode, needs_grad
@@ -27,6 +29,9 @@ PENALTIES: tuple[Penalty, ...] = ("square", "huber", "abs")
 REDUCTIONS: tuple[Reduction, ...] = ("none", "mean", "sum")
 
 _raw: Any = torch.ops.torchlin
+_CPU_KERNEL = _library.status()["cpu"].loaded
+_fwd_grad: Any = _raw._linearity_fwd_grad.default if _CPU_KERNEL else None
+_scale: Any = _raw._linearity_scale_.default if _CPU_KERNEL else None
 _INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 _warned_of_half = False
 
@@ -280,8 +285,29 @@ def cross_entropy_linearity(
         >>> cross_entropy_linearity(logits, torch.tensor([0]), 0.5)
         tensor(0.1882)
     """
+    # Checking the arguments of a small batch costs as much as the kernel. The plainest call goes straight to the op; what the
+    # op refuses takes the long way, which says why.
+    if (
+        logits.__class__ is Tensor
+        and target.__class__ is Tensor
+        and mix.__class__ is Tensor
+        and penalty == "square"
+        and reduction == "mean"
+        and not label_smoothing
+        and weight is None
+        and ignore_index == -100
+        and not return_losses
+        and logits.requires_grad
+        and torch.is_grad_enabled()
+        and logits.is_cpu
+        and not target.requires_grad
+        and not _traced()
+        and not in_forward_mode()
+    ):
+        with contextlib.suppress(RuntimeError, AttributeError):
+            return _apply(_Fused, mix, (logits, target, mix), logits)
     z, t, m = _check(logits, target, mix, penalty, beta, reduction, label_smoothing, weight, ignore_index)
-    if in_forward_mode() or not hasattr(_raw, "_linearity_fwd") or not _library.has_kernel(z[0].device.type) or needs_grad(t.dense, t.lam, t.weight):
+    if in_forward_mode() or not _library.has_kernel(z[0].device.type) or needs_grad(t.dense, t.lam, t.weight):
         if can_look_at(z[0]):
             _check_values(t, m, z[0].shape[1])
         value, losses = _reference(z, t, m, penalty, beta, reduction)
@@ -290,10 +316,10 @@ def cross_entropy_linearity(
     try:
         if not needs_grad(*z, m):
             value, losses = _raw._linearity_fwd(*arguments)
-        elif return_losses or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        elif return_losses or _traced():
             value, losses = _Linearity.apply(*arguments)
         else:
-            return _fused(*arguments)
+            return _apply(_Fused, m, arguments, *z)
     except RuntimeError:  # kernels look at every value anyway, but only Python can say what was wrong
         if can_look_at(z[0]):
             _check_values(t, m, z[0].shape[1])
@@ -342,7 +368,7 @@ def _reference(
 
 def _gradients(
     grad_value: Tensor,
-    grad_losses: Tensor,
+    grad_losses: Tensor | None,
     z: Sequence[Tensor],
     t: Target,
     mix: Tensor,
@@ -363,7 +389,9 @@ def _gradients(
     rho = grad_value * slope
     if reduction == "mean":
         rho = rho / (r.shape[0] if valid is None else valid.sum())
-    q = torch.stack(((mix - 1) * rho, -mix * rho, rho)) + grad_losses  # (3, B)
+    q = torch.stack(((mix - 1) * rho, -mix * rho, rho))  # (3, B)
+    if grad_losses is not None:
+        q = q + grad_losses
     if valid is not None:
         q, rho = torch.where(valid, q, 0), torch.where(valid, rho, 0)
     d = q.unsqueeze(-1) * (p.sum(-1, keepdim=True) * rows.softmax(-1) - p)  # (3, B, K)
@@ -381,21 +409,55 @@ def _blocks(z: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _raw_arguments(
     z: tuple[Tensor, ...], t: Target, mix: Tensor, penalty: Penalty, beta: float, reduction: Reduction
 ) -> tuple[Any, ...]:
-    return (
-        z[0],
-        z[1] if len(z) == 3 else None,
-        z[2] if len(z) == 3 else None,
-        t.labels if t.dense is None else t.dense,
-        t.others,
-        t.lam,
-        mix,
-        t.weight,
+    """(a, target, mix, b, c, others, lam, weight, smoothing, ignore_index, penalty, beta, reduction), as raw ops take them."""
+    b, c = z[1:] if len(z) == 3 else (None, None)
+    target = t.labels if t.dense is None else t.dense
+    options = (
         t.smoothing,
         t.ignore_index,
         PENALTIES.index(penalty),
         float(beta),
         REDUCTIONS.index(reduction),
     )
+    return z[0], target, mix, b, c, t.others, t.lam, t.weight, *options
+
+
+_TENSORS = 8  # of these arguments, the options behind them
+_DEFAULTS = (None, None, None, None, None, 0.0, -100, 0, 1.0, 1)  # of those behind mix
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Function.apply without what it does for torch.func: 3 of 10 microseconds."""
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+class _Fused(torch.autograd.Function):
+    """The loss with its gradient made on the way; backward only multiplies it by the cotangent, in place.
+
+    The gradient is given away by that. Whoever asks for it again (retain_graph) has it computed anew.
+    """
+
+    @staticmethod
+    def forward(ctx, mix, arguments, *z):
+        value, ctx.dlogits, ctx.dmix = _fwd_grad(*arguments)
+        arguments += _DEFAULTS[len(arguments) - 3 :]
+        ctx.save_for_backward(*arguments[:_TENSORS])
+        ctx.options, ctx.mixes, ctx.split = arguments[_TENSORS:], mix.dim(), len(z) == 3
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.dlogits is None or torch.is_grad_enabled() or is_functorch_wrapped_tensor(grad):
+            dlogits, dmix = _gradient(grad, None, ctx.saved_tensors, ctx.options)
+        else:
+            dlogits, ctx.dlogits = ctx.dlogits, None
+            _scale(dlogits, grad)
+            dmix = ctx.dmix * grad if ctx.needs_input_grad[0] else ctx.dmix
+        return dmix if ctx.mixes else dmix.sum(), None, *_as_inputs(dlogits, ctx.split)
 
 
 class _Linearity(torch.autograd.Function):
@@ -404,80 +466,44 @@ class _Linearity(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a, b, c, target, others, lam, mix, weight, smoothing, ignore_index, penalty, beta, reduction):
+    def forward(a, target, mix, b, c, others, lam, weight, smoothing, ignore_index, penalty, beta, reduction):
         return _raw._linearity_fwd(
-            a, b, c, target, others, lam, mix, weight, smoothing, ignore_index, penalty, beta, reduction
+            a, target, mix, b, c, others, lam, weight, smoothing, ignore_index, penalty, beta, reduction
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:8])
-        ctx.options = inputs[8:]
+        ctx.save_for_backward(*inputs[:_TENSORS])
+        ctx.options = inputs[_TENSORS:]
 
     @staticmethod
     def backward(ctx, grad_value, grad_losses):
-        return _all_gradients(grad_value, grad_losses, ctx.saved_tensors, ctx.options)
+        tensors = ctx.saved_tensors
+        dlogits, dmix = _gradient(grad_value, grad_losses, tensors, ctx.options)
+        a, b, c = _as_inputs(dlogits, True) if tensors[3] is not None else (dlogits, None, None)
+        dmix = dmix if tensors[2].dim() else dmix.sum()
+        return a, None, dmix, b, c, None, None, None, None, None, None, None, None
 
 
-class _Fused(torch.autograd.Function):
-    """The loss with its gradient made on the way; backward only multiplies it by the cotangent, in place.
-
-    It is given away by that. Whoever asks for it again (retain_graph) has it computed anew.
-    """
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        value, ctx.dlogits, ctx.dmix = _raw._linearity_fwd_grad(*arguments)
-        ctx.save_for_backward(*arguments[:8])
-        ctx.options = arguments[8:]
-        ctx.split, ctx.mixes = arguments[1] is not None, arguments[6].dim()
-        return value
-
-    @staticmethod
-    def backward(ctx, grad):
-        if (
-            ctx.dlogits is None
-            or torch.is_grad_enabled()
-            or torch._C._functorch.is_functorch_wrapped_tensor(grad)
-        ):
-            return _all_gradients(grad, None, ctx.saved_tensors, ctx.options)
-        dlogits, ctx.dlogits = ctx.dlogits, None
-        _raw._linearity_scale_(dlogits, grad)
-        dmix = None
-        if ctx.needs_input_grad[6]:
-            dmix = ctx.dmix * grad if ctx.mixes else (ctx.dmix * grad).sum()
-        return (*_as_inputs(dlogits, ctx.split), None, None, None, dmix, *_NO_OPTIONS)
-
-
-_NO_OPTIONS = (None,) * 6  # of the arguments behind mix
-
-# Function.apply without what it does for torch.func, which never comes here: 3 of 10 microseconds.
-_fused = super(torch.autograd.Function, _Fused).apply
-
-
-def _all_gradients(grad_value, grad_losses, tensors, options):
-    a, b, c, target, others, lam, mix, weight = tensors
+def _gradient(
+    grad_value: Tensor, grad_losses: Tensor | None, tensors: Sequence[Any], options: Sequence[Any]
+) -> tuple[Tensor, Tensor]:
+    """The gradients (3B, K) of logits and (B,) of mix from those of value and losses."""
+    a, target, mix, b, c, others, lam, weight = tensors
     smoothing, ignore_index, penalty, beta, reduction = options
-    if needs_grad(grad_value, grad_losses, a, b, c, mix):  # to be differentiated again
-        soft = target.is_floating_point()
-        t = Target(
-            None if soft else target, others, lam, target if soft else None, weight, smoothing, ignore_index
-        )
-        z = (a,) if b is None else (a, b, c)
-        zero = grad_value.new_zeros(()) if grad_losses is None else grad_losses
-        dlogits, dmix = _gradients(
-            grad_value, zero, z, t, mix, PENALTIES[penalty], beta, REDUCTIONS[reduction]
-        )
-    else:
-        dlogits, dmix = _raw._linearity_bwd(grad_value, grad_losses, *tensors, *options)
-    if mix.dim() == 0:
-        dmix = dmix.sum()
-    return (*_as_inputs(dlogits, b is not None), None, None, None, dmix, *_NO_OPTIONS)
+    if not needs_grad(grad_value, grad_losses, a, b, c, mix):
+        return _raw._linearity_bwd(grad_value, grad_losses, *tensors, *options)
+    labels, dense = (None, target) if target.is_floating_point() else (target, None)
+    t = Target(labels, others, lam, dense, weight, smoothing, ignore_index)
+    z = (a,) if b is None else (a, b, c)
+    return _gradients(  # to be differentiated again
+        grad_value, grad_losses, z, t, mix, PENALTIES[penalty], beta, REDUCTIONS[reduction]
+    )
 
 
-def _as_inputs(dlogits: Tensor, split: bool) -> tuple[Tensor | None, ...]:
+def _as_inputs(dlogits: Tensor, split: bool) -> tuple[Tensor, ...]:
     """The gradient (3B, K) as what the logits came in: one tensor, or three."""
-    return dlogits.unflatten(0, (3, dlogits.shape[0] // 3)).unbind() if split else (dlogits, None, None)
+    return dlogits.unflatten(0, (3, dlogits.shape[0] // 3)).unbind() if split else (dlogits,)
 
 
 # ---- checks
@@ -675,31 +701,42 @@ def _check_range(mix: Tensor) -> None:
 # ---- what torch has to know of the raw ops
 
 
-def _fake_value(a, b, c, target, others, lam, mix, weight, smoothing, ignore_index, penalty, beta, reduction):
-    return a.new_empty((target.shape[0],) if reduction == 0 else ())
+def _fake_fwd(
+    a,
+    target,
+    mix,
+    b=None,
+    c=None,
+    others=None,
+    lam=None,
+    weight=None,
+    smoothing=0.0,
+    ignore_index=-100,
+    penalty=0,
+    beta=1.0,
+    reduction=1,
+):
+    return a.new_empty(() if reduction else target.shape[0]), a.new_empty((3, target.shape[0]))
 
 
-def _fake_fwd(a, b, c, target, *rest):
-    return _fake_value(a, b, c, target, *rest), a.new_empty((3, target.shape[0]))
+def _fake_bwd(grad_value, grad_losses, a, target, *rest):
+    return a.new_empty((3 * target.shape[0], a.shape[1])), a.new_empty(target.shape[0])
 
 
-def _fake_fwd_grad(a, b, c, target, *rest):
-    return _fake_value(a, b, c, target, *rest), *_fake_bwd(None, None, a, b, c, target, *rest)
-
-
-def _fake_bwd(grad_value, grad_losses, a, b, c, target, *rest):
-    return a.new_empty((3 * target.shape[0], a.shape[1])), a.new_empty((target.shape[0],))
+def _fake_fwd_grad(a, target, *rest, **options):
+    return _fake_fwd(a, target, *rest, **options)[0], *_fake_bwd(None, None, a, target)
 
 
 def _one_by_one(op):
-    """A vmap rule: batches of samples are batches already, so that each call has enough to do."""
+    """A vmap rule: each call has a whole batch of samples to do."""
 
     def rule(info, in_dims, *arguments):
-        batch = [
-            op(*(x if d is None else x.select(d, i) for x, d in zip(arguments, in_dims, strict=True)))
+        dims = (*in_dims, *[None] * (len(arguments) - len(in_dims)))
+        calls = [
+            op(*(x if d is None else x.select(d, i) for x, d in zip(arguments, dims, strict=True)))
             for i in range(info.batch_size)
         ]
-        outputs = tuple(torch.stack(each) for each in zip(*batch, strict=True))
+        outputs = tuple(torch.stack(each) for each in zip(*calls, strict=True))
         return outputs, (0,) * len(outputs)
 
     return rule
@@ -709,10 +746,10 @@ def _register() -> None:
     for name, fake in (("fwd", _fake_fwd), ("fwd_grad", _fake_fwd_grad), ("bwd", _fake_bwd)):
         torch.library.register_fake(f"torchlin::_linearity_{name}", fake)
         torch.library.register_vmap(
-            f"torchlin::_linearity_{name}", _one_by_one(getattr(_raw, f"_linearity_{name}"))
+            f"torchlin::_linearity_{name}", _one_by_one(getattr(_raw, f"_linearity_{name}").default)
         )
     torch.library.register_fake("torchlin::_linearity_scale_", lambda rows, by: None)
 
 
-if _library.status()["cpu"].loaded and hasattr(_raw, "_linearity_fwd"):
+if _CPU_KERNEL:
     _register()
