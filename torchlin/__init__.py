@@ -1,6 +1,6 @@
 """torchlin: linearity and non-linearity in neural networks, as fast PyTorch ops, modules and names."""
 
-from torchlin import compat, functional, nn, quant
+from torchlin import compat, functional, nn, quant, robust
 from torchlin.ops.activation_formula import activation_from_formula
 from torchlin.ops.hadamard_matrix import hadamard_matrix
 from torchlin.registry import create, describe, names, register
@@ -19,5 +19,6 @@ __all__ = [
     "nn",
     "quant",
     "register",
+    "robust",
     "swap_",
 ]
