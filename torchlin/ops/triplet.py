@@ -8,12 +8,23 @@ from a torch generator and passes it on as a tensor, which no device has to wait
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from torchlin.ops._checks import can_look_at, check_float_tensor, check_scale, compute_dtype
+from torchlin import _library
+from torchlin.ops._checks import (
+    can_look_at,
+    check_float_tensor,
+    check_scale,
+    compute_dtype,
+    in_forward_mode,
+    needs_grad,
+)
+
+_raw: Any = torch.ops.torchlin
 
 Norm = Literal["linf", "l2"]
 NORMS: tuple[Norm, ...] = ("linf", "l2")
@@ -67,6 +78,11 @@ def _sample_words(x: Tensor, seed: Tensor) -> list[Tensor]:
     return philox((index & _WORD, index >> 32, zero, zero + 1), seed)
 
 
+def _mix(x: Tensor, seed: Tensor) -> Tensor:
+    """Odd fractions k / 2^24, of which 1 - mix is exact: (B,)."""
+    return ((_sample_words(x, seed)[0] >> 9) * 2 + 1).to(compute_dtype(x.dtype)) * 2.0**-24
+
+
 def _noise(x: Tensor, eps: Tensor | float, seed: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
     a, b = _noise_words(x, seed)
@@ -80,8 +96,8 @@ def _noise(x: Tensor, eps: Tensor | float, seed: Tensor, norm: Norm) -> tuple[Te
     rows = (-1, *[1] * (x.dim() - 1))
     points = []
     for normal, word in ((radius * angle.cos(), word_a), (radius * angle.sin(), word_b)):
-        length = normal.double().square().flatten(1).sum(1)  # (B,)
-        inside = (_positive(word, torch.float64) * 2.0**-31) ** (1 / math.prod(x.shape[1:]))
+        length = normal.double().square().unsqueeze(-1).flatten(1).sum(1)  # (B,)
+        inside = (_positive(word, torch.float64) * 2.0**-31) ** (1 / max(math.prod(x.shape[1:]), 1))
         points.append(normal * (inside / length.sqrt()).to(dtype).view(rows) * eps)
     return points[0], points[1]
 
@@ -97,7 +113,7 @@ def triplet_from_seed_reference(
     """:func:`sample_triplet` in plain torch, of a seed: the same points to the last bit in ``norm="linf"``."""
     dtype = compute_dtype(x.dtype)
     eps = _as_broadcastable(eps, x).to(dtype) if isinstance(eps, Tensor) else eps
-    mix = ((_sample_words(x, seed)[0] >> 9) * 2 + 1).to(dtype) * 2.0**-24  # (B,)
+    mix = _mix(x, seed)
     noise = _noise(x.detach(), eps, seed, norm)
     points = [x.to(dtype) + n for n in noise]
     if clip is not None:
@@ -119,7 +135,79 @@ def triplet_from_seed(
     clip: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`sample_triplet` of a seed, a 0-dimensional int64 tensor on x's device: the same seed, the same points."""
-    return triplet_from_seed_reference(x, eps, seed, norm=norm, clip=clip)
+    if in_forward_mode() or not _library.has_kernel(x.device.type):
+        return triplet_from_seed_reference(x, eps, seed, norm=norm, clip=clip)
+    low, high = (None, None) if clip is None else clip
+    number, eps_at = _eps_for_kernel(eps, x)
+    if needs_grad(x):
+        return _Triplet.apply(x, number, eps_at, seed, norm == "l2", low, high)
+    return _raw._triplet_fwd(x, number, eps_at, seed, norm == "l2", low, high)
+
+
+def _eps_for_kernel(eps: float | Tensor, x: Tensor) -> tuple[float, Tensor | None]:
+    """eps as a number, or as a tensor of the compute type with x's number of dimensions."""
+    if not isinstance(eps, Tensor):
+        return float(eps), None
+    eps = _as_broadcastable(eps, x)
+    eps = eps.view(*[1] * (x.dim() - eps.dim()), *eps.shape)
+    return 0.0, eps.to(x.device, compute_dtype(x.dtype)).contiguous().resolve_neg()
+
+
+class _Triplet(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, eps, eps_at, seed, ball, low, high):
+        return _raw._triplet_fwd(x, eps, eps_at, seed, ball, low, high)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.eps, eps_at, seed, ctx.ball, ctx.low, ctx.high = inputs
+        ctx.mark_non_differentiable(output[1])
+        if ctx.low is not None:
+            ctx.save_for_backward(x, eps_at, seed)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if ctx.low is None:  # the three points move with x
+            return grad.view(3, grad.shape[0] // 3, *grad.shape[1:]).sum(0), *[None] * 6
+        x, eps_at, seed = ctx.saved_tensors
+        where = (ctx.eps, eps_at, seed, ctx.ball, ctx.low, ctx.high)
+        return _TripletBackward.apply(grad, x, *where), *[None] * 6
+
+
+class _TripletBackward(torch.autograd.Function):
+    """With clip: a linear map of the points' gradient, which masks by the noise that is made again from the seed."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, x, eps, eps_at, seed, ball, low, high):
+        return _raw._triplet_bwd(grad, x, eps, eps_at, seed, ball, low, high)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, x, ctx.eps, eps_at, seed, ctx.ball, ctx.low, ctx.high = inputs
+        ctx.save_for_backward(x, eps_at, seed)
+
+    @staticmethod
+    def backward(ctx, slope):
+        x, eps_at, seed = ctx.saved_tensors
+        eps = ctx.eps if eps_at is None else eps_at
+        mix, a, b = _weights(x, eps, seed, "l2" if ctx.ball else "linf", ctx.low, ctx.high)
+        rows = mix.view(-1, *[1] * (x.dim() - 1))
+        slope = slope.to(mix.dtype)
+        c = (1 - rows) * a * slope + rows * b * slope
+        return torch.cat((a * slope, b * slope, c)).to(x.dtype), *[None] * 7
+
+
+def _weights(
+    x: Tensor, eps: float | Tensor, seed: Tensor, norm: Norm, low: float, high: float
+) -> list[Tensor]:
+    """mix, and what part of x_a and x_b moves with x: all of it or, where they are clamped, nothing."""
+    dtype = compute_dtype(x.dtype)
+    points = [x.to(dtype) + noise for noise in _noise(x, eps, seed, norm)]
+    return [_mix(x, seed), *(((p >= low) & (p <= high)).to(dtype) for p in points)]
 
 
 def sample_triplet(
@@ -227,3 +315,42 @@ def _check_clip(clip: Any) -> tuple[float, float]:
     if not low <= high:
         raise ValueError(f"clip must be (lowest, highest) with lowest <= highest, got ({low}, {high})")
     return low, high
+
+
+def _empty_batch(x: Tensor, samples: int) -> Tensor:
+    """So many samples, each laid out as x's are."""
+    shape = (samples, *x.shape[1:])
+    if x.numel() == 0 or x.is_contiguous():
+        return x.new_empty(shape)
+    sample = torch.empty_like(x[0])
+    return torch.empty_strided(shape, (sample.numel(), *sample.stride()), dtype=x.dtype, device=x.device)
+
+
+def _fake_fwd(x, eps, eps_at, seed, ball, low, high):
+    return _empty_batch(x, 3 * x.shape[0]), x.new_empty(x.shape[:1], dtype=compute_dtype(x.dtype))
+
+
+def _fake_bwd(grad, x, eps, eps_at, seed, ball, low, high):
+    return _empty_batch(x, x.shape[0])
+
+
+def _vmap(op: Any) -> Callable[..., Any]:
+    """Every slice has the noise that it would have alone: one call each."""
+
+    def rule(info, in_dims, *args):
+        def slice_of(i: int, at: int) -> Any:
+            return args[at] if in_dims[at] is None else args[at].movedim(in_dims[at], 0)[i]
+
+        results = [op(*(slice_of(i, at) for at in range(len(args)))) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    return rule
+
+
+if _library.status()["cpu"].loaded:
+    torch.library.register_fake("torchlin::_triplet_fwd", _fake_fwd)
+    torch.library.register_fake("torchlin::_triplet_bwd", _fake_bwd)
+    torch.library.register_vmap("torchlin::_triplet_fwd", _vmap(_raw._triplet_fwd))
+    torch.library.register_vmap("torchlin::_triplet_bwd", _vmap(_raw._triplet_bwd))
