@@ -185,7 +185,7 @@ def plot(protocol: Protocol, seed: int = 0) -> Callable[[Sequence[Measured], Pat
             axes.plot(noise, expected.sqrt(), "k--", linewidth=1, label="its root")
             axes.set_title(name, fontsize=10)
             axes.set_xlabel("augmentation noise of the feature")
-            axes.set_ylim(bottom=0)
+        panels[0].set_ylim(bottom=0)
         panels[0].set_ylabel("weight of the feature")
         panels[1].legend(fontsize=7)
         drawing.savefig(path, dpi=110)

@@ -6,6 +6,8 @@ import copy
 import doctest
 import io
 import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +43,18 @@ def test_examples() -> None:
     found = doctest.testmod(module, extraglobs={"torch": torch, "torchlin": torchlin})
     assert found.failed == 0
     assert found.attempted > 15
+
+
+def test_page_runs() -> None:
+    """The code on docs/mixup-methods.md, block after block in one namespace."""
+    page = (Path(__file__).parents[1] / "docs" / "mixup-methods.md").read_text()
+    namespace: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for block in blocks:
+        exec(block, namespace)
+    assert len(blocks) == 4
+    assert namespace["schedule"].epoch == 3
+    assert all(p.grad is not None for p in namespace["mix"].parameters())
 
 
 # ------------------------------------------------------------------------------------------------- drawing

@@ -6,7 +6,10 @@ import copy
 import doctest
 import itertools
 import math
+import re
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +31,19 @@ HEADS = {
     "reweighting": lambda: ReweightingHead(6, 1.25),
     "identity": lambda: IdentityHead(6, bias=True),
 }
+
+
+def test_page_runs() -> None:
+    """The code on docs/projection-head.md, block after block in one namespace."""
+    page = (Path(__file__).parents[1] / "docs" / "projection-head.md").read_text()
+    namespace: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, namespace)
+    assert namespace["features"].shape == (16, 512)
+    assert "κ = 1.05 has none, κ = 1.1 has 957" in page
+    assert (torch.tensor([1.05, 1.1]).log() * torch.tensor([2047.0, 1091.0])).tolist() == pytest.approx(
+        [99.9, 103.98], abs=0.05
+    )
 
 
 def double(*shape: int) -> Tensor:

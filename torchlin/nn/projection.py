@@ -308,7 +308,7 @@ def spectral_contrastive_loss(z1: Tensor, z2: Tensor) -> Tensor:
         TypeError: an argument is no floating tensor, or the two dtypes differ.
         ValueError: a shape that is not (B, D), two different shapes, or fewer than two samples.
 
-    Source: HaoChen et al., arXiv:2106.04156, equations 5 and 6.
+    Source: HaoChen, Wei, Gaidon and Ma, arXiv:2106.04156.
 
     Example:
         >>> z = torch.eye(2)
