@@ -29,7 +29,8 @@ def crafting(model: Net, model_training: bool = False) -> Iterator[Net]:
     call = net
     if isinstance(net, nn.Module):
         if model_training:
-            module, buffers = net, {name: buffer.clone() for name, buffer in net.named_buffers()}
+            with torch.inference_mode(False):
+                module, buffers = net, {name: buffer.clone() for name, buffer in net.named_buffers()}
             call = lambda x: functional_call(module, buffers, (x,))  # noqa: E731
         else:
             modes = [(module, module.training) for module in net.modules()]
@@ -75,14 +76,12 @@ def cross_entropy(logits: Tensor, target: Any, label_smoothing: float = 0.0) -> 
     return F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
 
 
-def ce(logits: Tensor, target: Any) -> Tensor:
-    """log Σ_{k≠y} exp(z_k) - z_y: it grows where the cross-entropy log(1 + exp(this)) does.
+def log_odds(logits: Tensor, target: Tensor) -> Tensor:
+    """log Σ_{k≠y} exp(z_k) - z_y, the log-odds of y being wrong: the cross-entropy is log(1 + exp(this)).
 
-    Both have the same steps. But the gradient of the cross-entropy itself loses its largest term, and in the end all of
-    them, to rounding where a model is sure of y, and this one does not: an attack is not fooled by a sure model.
+    Both grow together and have the same steps, in exact arithmetic. But where a model is sure of y the gradient of the
+    cross-entropy loses its largest term to rounding, and in the end all of them; this one does not.
     """
-    if isinstance(target, tuple) or target.is_floating_point():
-        return cross_entropy(logits, target)
     own, others = without(logits, target)
     return others.logsumexp(1) - own
 
@@ -109,7 +108,7 @@ def without(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return logits.gather(1, index)[:, 0], logits.scatter(1, index, -torch.inf)
 
 
-LOSSES: dict[str, Loss] = {"ce": ce, "margin": margin, "dlr": dlr}
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "log_odds": log_odds, "margin": margin, "dlr": dlr}
 
 
 def find_loss(loss: str | Loss, targeted: bool = False) -> Loss:

@@ -43,8 +43,9 @@ def fgsm(
         alpha: length of the step, ``eps`` by default.
         norm: "linf" or "l2".
         clip: (lowest, highest) value of an input, numbers or tensors; ``None``: any. Other libraries always clip to (0, 1).
-        loss: "ce", "margin", "dlr" (max over other logits less y's, divided by a spread of the logits), or a function of
-            (logits, y) that returns (B,); it is made large.
+        loss: what is made large: "ce"; "log_odds", which is log(exp(ce) - 1) and has the same steps, but not the zeros to
+            which float32 rounds the gradient of "ce" where the model is sure; "margin" or "dlr" (the largest other logit
+            less y's, the latter over a spread of the logits); or a function of (logits, y) that returns (B,).
         targeted: y are the classes to go to instead; the loss is made small.
         model_training: craft in the mode that the model is in, as authors of fast adversarial training do, and not in
             eval mode. BatchNorm then uses the batch's statistics; its running ones stay as they are in either mode.
@@ -159,7 +160,7 @@ def apgd(
 
     Args:
         steps: gradients taken.
-        loss: "ce" or "dlr" (the authors use both), or as for :func:`fgsm`.
+        loss: the authors use "ce" and "dlr"; or as for :func:`fgsm`.
         rho: the share of steps between two checkpoints that must have raised the loss.
         model, x, y, eps, norm, restarts, clip, targeted, generator: as for :func:`pgd`.
 

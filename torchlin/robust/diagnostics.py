@@ -40,8 +40,8 @@ def linearity_error(
         model: returns logits (B, K).
         x, y: samples (B, ...) and classes (B,) or probabilities (B, K); with ``of="logits"`` y is not needed.
         of: "loss", what ELLE makes small, or "logits": the mean over classes.
-        mix: the weight of the second point: "random", a number in [0, 1] (0.5: the middle), or "worst", by ten steps of
-            ascent for each sample.
+        mix: the weight of the second point: "random", a number in [0, 1] (0.5: the middle), or "worst", the largest
+            error that a sample has in ten steps of ascent from a random one.
         reduction: "mean", or "none" for one number a sample.
         eps, norm, clip, generator: as for :class:`torchlin.robust.ELLE`.
 
@@ -81,15 +81,14 @@ def linearity_error(
             w = weights.double().view(-1, *[1] * (middle.dim() - 1))
             return (middle - torch.lerp(*ends, w)).square().reshape(len(a), -1).mean(1)
 
-        if mix == "worst":
+        errors = error(weights)
+        for _ in range(ASCENT_STEPS if mix == "worst" else 0):
             with torch.enable_grad():
-                for _ in range(ASCENT_STEPS):
-                    weights = weights.detach().requires_grad_()
-                    (slope,) = torch.autograd.grad(error(weights).sum(), weights)
-                    weights = (weights.detach() + ASCENT_RATE * slope.sign()).clamp(
-                        ASCENT_EDGE, 1 - ASCENT_EDGE
-                    )
-        errors = error(weights.detach())
+                weights = weights.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(error(weights).sum(), weights)
+            weights = weights.detach() + ASCENT_RATE * slope.sign()
+            weights = weights.clamp(ASCENT_EDGE, 1 - ASCENT_EDGE)
+            errors = torch.maximum(errors, error(weights))
     return errors.mean() if reduction == "mean" else errors
 
 

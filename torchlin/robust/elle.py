@@ -197,7 +197,7 @@ class ELLE(Regularizer):
                 f"because it is constant. lam={self.weight:g} is too large for eps and this model, or the training has failed "
                 "otherwise: start again with a smaller lam, chosen on a validation split",
                 CollapseWarning,
-                stacklevel=4,
+                stacklevel=2,
             )
         elif not nothing:
             self.collapsed = False

@@ -79,7 +79,9 @@ def evaluate(
         data: (x, y), or batches of them, as a DataLoader gives; moved to the model's device.
         attacks: names: "fgsm", "pgd-20-2" (20 steps of eps / 4, 2 starts; "pgd-50-10" is the papers' PGD-50-10),
             "apgd-50" (of steps; "-ce" or "-dlr" after it, both by default), "multi-20" (multi-targeted, of steps),
-            "square-500" (of queries). Or a dict of names to such names or to functions (model, x, y) that return x_adv.
+            "square-500" (of queries). The iterated ones make the cross-entropy large in the form "log_odds", which loses
+            nothing to rounding; "fgsm" takes it as it is. Or a dict of names to such names or to functions (model, x, y)
+            that return x_adv.
         eps, norm, clip: as for :func:`torchlin.robust.fgsm`. "square" is of linf only.
         batch_size: into which (x, y) is split.
         generator: draws the starts; on the device of the data.
@@ -200,7 +202,7 @@ def find_attack(name: str, eps: Eps, norm: str, clip: Clip, generator: torch.Gen
         return partial(_call, made.square, eps, {**how, "n_queries": (*counts, 500)[0]})
     how["steps"] = (*counts, 20)[0]
     if kind == "pgd":
-        return partial(_call, made.pgd, eps, {**how, "restarts": (*counts[1:], 1)[0]})
+        return partial(_call, made.pgd, eps, {**how, "loss": "log_odds", "restarts": (*counts[1:], 1)[0]})
     if kind == "multi":
         return partial(_call, made.multi_targeted, eps, how)
     return partial(_apgd, eps, how, losses or ["ce", "dlr"])
@@ -214,7 +216,8 @@ def _apgd(eps: Eps, how: dict[str, Any], losses: list[str], model: Any, x: Tenso
     """With each loss in turn, on the samples that the one before has left."""
     found, left = x.clone(), torch.arange(len(x), device=x.device)
     for loss in losses:
-        found[left] = made.apgd(model, x[left], y[left], eps, loss=loss, **how)
+        objective = "log_odds" if loss == "ce" else loss
+        found[left] = made.apgd(model, x[left], y[left], eps, loss=objective, **how)
         with crafting(model) as net, torch.no_grad():
             left = left[net(found[left]).argmax(1) == y[left]]
         if not len(left):
