@@ -148,7 +148,9 @@ def test_an_unknown_stop_is_refused(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         demo.main(["rotate", "nowhere"])
     assert caught.value.code == 2
-    assert "no stop named nowhere; there are: activations, quantize, rotate" in capsys.readouterr().err
+    assert (
+        "no stop named nowhere; there are: activations, quantize, rotate, robust" in capsys.readouterr().err
+    )
 
 
 class _Words:
@@ -203,3 +205,55 @@ def test_quantize_checks_its_claims() -> None:
         check(dict.fromkeys(names, report(0.0077)), figures(20.0, 21.0, 11.0))
     with pytest.raises(RuntimeError, match="no faster"):
         check(dict.fromkeys(names, report(0.0077)), figures(20.0, 17.0, 9.0))
+
+
+def test_robust(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pytest.CaptureFixture) -> None:
+    from torchlin.benchmarks import train_robust
+    from torchlin.demo import robust
+
+    seen: list[dict] = []
+    data = train_robust.digits()
+    few = train_robust.Data(
+        (data.train[0][:128], data.train[1][:128]), (data.test[0][:40], data.test[1][:40])
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_robust, "digits", lambda: few)
+    monkeypatch.setattr(robust, "PROTOCOL", train_robust.Protocol(epochs=3, eps_warmup=1))
+    monkeypatch.setattr(robust, "SEEDS", (0, 1))
+    monkeypatch.setattr(robust, "ATTACKS", ("fgsm", "pgd-20-2", "square-20"))
+    monkeypatch.setattr(robust, "check", seen.append)  # claims about longer trainings
+    assert demo.main(["robust"]) == 0
+    out = capsys.readouterr().out
+    (runs,) = seen
+    assert list(runs) == ["FGSM", "FGSM + ELLE", "FGSM + ELLE-A", "PGD-4"]
+    lines = [re.split(r"  +", line) for line in out.splitlines()]
+    for name, found in runs.items():
+        assert [sorted(r.way) for r in found] == [[1, 3], [1, 3]]
+        assert [line[1] for line in lines if line[0] == name] == ["0", "1", "mean"]
+        for r in found:
+            assert 0 <= r.accuracy["worst"] <= r.accuracy["pgd-20-2"] <= r.accuracy["clean"] <= 1
+    assert (tmp_path / robust.PICTURE).stat().st_size > 1000
+
+
+def test_robust_checks_its_claims() -> None:
+    from torchlin.demo.robust import METHODS, Run, check
+
+    def runs(
+        fgsm: float = 0.2, elle: float = 0.3, pgd: float = 0.45, clean: float = 0.95, error: float = 1e-4
+    ):
+        found = {}
+        for name, held in zip(METHODS, (fgsm, elle, elle, pgd), strict=True):
+            accuracy = {"clean": clean, "fgsm": 0.6, "pgd-20-2": held}
+            found[name] = [Run(accuracy, error if name == "FGSM + ELLE" else 1e-3, {}, 1.0)]
+        return found
+
+    check(runs())
+    for change, words in (
+        ({"fgsm": 0.4}, "no failure here"),
+        ({"elle": 0.22}, r"FGSM \+ ELLE gains 2.0 points"),
+        ({"pgd": 0.3}, "PGD-4 gains 10.0 points"),
+        ({"clean": 0.5}, "50.0 % of the clean digits"),
+        ({"error": 9e-4}, "leaves 0.90 of FGSM's linearity error"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            check(runs(**change))

@@ -18,6 +18,7 @@ STOPS = {
     "activations": "SmolLM2-135M, its SiLU swapped by name: the same logits, its time before and after",
     "quantize": "SmolLM2-135M at 4, 3 and 2 bits without data: errors, perplexity, size, tokens a second",
     "rotate": "SmolLM2-135M, its residual stream rotated by a Hadamard transform of order 576",
+    "robust": "digits, trained by FGSM, with ELLE and ELLE-A, and by PGD: what each is worth under attack",
 }
 
 
