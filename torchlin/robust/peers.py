@@ -30,8 +30,16 @@ class GradAlign(Regularizer):
     def __init__(self, model: Callable[[Tensor], Any], eps: Eps, lam: float = 0.2, **options: Any) -> None:
         super().__init__(model, eps, lam, **options)
 
-    def term(self, x: Tensor, y: Any, *, slope: Tensor | None = None, **how: Any) -> Tensor:
-        """``slope``: the gradient at x where the attack has computed it, which saves a pass."""
+    def forward(
+        self, x: Tensor, y: Any, x_adv: Tensor | None = None, *, slope: Tensor | None = None
+    ) -> Tensor:
+        """As all terms; ``slope``: the gradient at x where the attack has computed it, which saves a pass."""
+        self.check(x)
+        if x_adv is None:
+            return self.term(x, y, slope)
+        return self.loss_fn(self.model(x_adv), y).mean() + self.term(x, y, slope)
+
+    def term(self, x: Tensor, y: Any, slope: Tensor | None = None) -> Tensor:
         one = self.gradient(x, y, differentiable=False)[1] if slope is None else slope
         ball = Ball.around(x, self.eps, self.norm, self.clip)
         _, other = self.gradient(ball.random(self.generator), y, differentiable=True)
@@ -55,7 +63,7 @@ class LLR(Regularizer):
     def __init__(self, model: Callable[[Tensor], Any], eps: Eps, lam: float = 200.0, **options: Any) -> None:
         super().__init__(model, eps, lam, **options)
 
-    def term(self, x: Tensor, y: Any, **how: Any) -> Tensor:
+    def term(self, x: Tensor, y: Any) -> Tensor:
         ball = Ball.around(x, self.eps, self.norm, self.clip)
         one, other = ball.random(self.generator), ball.random(self.generator)
         loss, slope = self.gradient(one, y, differentiable=True)
@@ -77,7 +85,7 @@ class CURE(Regularizer):
     def __init__(self, model: Callable[[Tensor], Any], eps: Eps, lam: float = 1000.0, **options: Any) -> None:
         super().__init__(model, eps, lam, **options)
 
-    def forward(self, x: Tensor, y: Any, x_adv: Tensor | None = None, **how: Any) -> Tensor:
+    def forward(self, x: Tensor, y: Any, x_adv: Tensor | None = None) -> Tensor:
         self.check(x)
         if x_adv is None:
             return self.weight * self._change(x, y, None)[1]
@@ -120,7 +128,7 @@ class TRADES(Regularizer):
         super().__init__(model, eps, lam, **options)
         self.steps, self.alpha, self.model_training = steps, alpha, model_training
 
-    def forward(self, x: Tensor, y: Any, x_adv: Tensor | None = None, **how: Any) -> Tensor:
+    def forward(self, x: Tensor, y: Any, x_adv: Tensor | None = None) -> Tensor:
         self.check(x)
         outputs = self.model(x)
         term = self.weight * _divergence(outputs, self.model(self.attack(x)))

@@ -44,7 +44,7 @@ class Regularizer(nn.Module):
         self.loss_fn: LossFn = loss_fn or cross_entropy
         self.generator = generator
 
-    def forward(self, x: Tensor, y: Any, x_adv: Tensor | None = None, **how: Any) -> Tensor:
+    def forward(self, x: Tensor, y: Any, x_adv: Tensor | None = None) -> Tensor:
         """The term; with ``x_adv`` the mean loss of the model on it is added.
 
         Args:
@@ -54,10 +54,10 @@ class Regularizer(nn.Module):
         """
         self.check(x)
         if x_adv is None:
-            return self.term(x, y, **how)
-        return self.loss_fn(self.model(x_adv), y).mean() + self.term(x, y, **how)
+            return self.term(x, y)
+        return self.loss_fn(self.model(x_adv), y).mean() + self.term(x, y)
 
-    def term(self, x: Tensor, y: Any, **how: Any) -> Tensor:
+    def term(self, x: Tensor, y: Any) -> Tensor:
         raise NotImplementedError
 
     def check(self, x: Tensor) -> None:
