@@ -1,6 +1,6 @@
 """ELLE beside FGSM, N-FGSM, PGD and its peers on real images: what each trains, and what a step of each costs.
 
-    python -m torchlin.benchmarks.train_robust [--only digits|choose|collapse|cost] [--seeds 3]
+    python -m torchlin.benchmarks.train_robust [--only choose|digits|collapse|collapse-bn|cost] [--seeds 3]
 
 docs/robust.md says what is measured, and what came of it.
 """
@@ -171,15 +171,44 @@ def measure_digits(method: str, seed: int, data: Data, protocol: Protocol) -> di
 
 # ------------------------------------------------------------------------------------------------ collapse
 
-STEEP = Protocol(
-    eps=0.3, epochs=12, eps_warmup=0, batch_size=50
-)  # no warm-up: FGSM finds the way out within epochs
-COLLAPSE = {
-    "FGSM": Method("fgsm"),
-    "FGSM, log-odds": Method("fgsm", SURE),
-    "N-FGSM": Method("n-fgsm", {"noise": 1.0}),
-    "FGSM + ELLE-A, λ = 300": Method("fgsm+elle-a", term={"lam": 300.0}),
-    "PGD-4": Method("pgd", {"steps": 4}),
+
+@dataclass(frozen=True)
+class Collapse:
+    """A setting in which single steps fail, with a net of its own."""
+
+    protocol: Protocol
+    batch_norm: bool
+    adam: float | None  # its rate, at all steps; else SGD with a triangle
+    methods: Mapping[str, Method]
+
+    @property
+    def text(self) -> str:
+        how = f", Adam at {self.adam:g}" if self.adam else ""
+        return f"{self.protocol.text}{how}, no warm-up, {'' if self.batch_norm else 'no '}BatchNorm"
+
+    def learn(self, method: str, seed: int, data: Data) -> tuple[nn.Module, float]:
+        adam = self.adam or 0.0
+        options: dict[str, Any] = {
+            "optimizer": lambda parameters: torch.optim.Adam(parameters, adam),
+            "schedule": lambda share: 1.0,
+        }
+        make = functools.partial(strided_cnn, self.batch_norm)
+        return learn(self.methods[method], seed, data, self.protocol, make, **(options if self.adam else {}))
+
+
+def _methods(lam: float) -> dict[str, Method]:
+    return {
+        "FGSM": Method("fgsm"),
+        "N-FGSM": Method("n-fgsm", {"noise": 1.0}),
+        "FGSM + ELLE-A": Method("fgsm+elle-a", term={"lam": lam}),
+        "PGD-4": Method("pgd", {"steps": 4}),
+    }
+
+
+STEEP = Protocol(eps=0.3, epochs=12, eps_warmup=0, batch_size=50)
+COLLAPSES = {
+    "collapse": Collapse(replace(STEEP, epochs=8), False, 1e-3, _methods(100.0)),
+    "collapse-bn": Collapse(STEEP, True, None, _methods(300.0)),
 }
 
 
@@ -194,18 +223,24 @@ def mnist(train_images: int = 2000, test_images: int = 500) -> Data:
     )
 
 
-def strided_cnn(classes: int = 10) -> nn.Sequential:
-    """Two convolutions of stride 2 with BatchNorm and two linear layers, for images of 28 x 28."""
+def strided_cnn(batch_norm: bool, classes: int = 10) -> nn.Sequential:
+    """Two convolutions of stride 2 and two linear layers for images of 28 x 28, narrower with BatchNorm."""
+    width, hidden = (8, 128) if batch_norm else (16, 256)
+
+    def stage(before: int, after: int) -> list[nn.Module]:
+        norm = [nn.BatchNorm2d(after)] if batch_norm else []
+        return [nn.Conv2d(before, after, 5, stride=2, padding=2), *norm, nn.ReLU()]
+
     return nn.Sequential(
-        *(nn.Conv2d(1, 8, 5, stride=2, padding=2), nn.BatchNorm2d(8), nn.ReLU()),
-        *(nn.Conv2d(8, 16, 5, stride=2, padding=2), nn.BatchNorm2d(16), nn.ReLU()),
-        *(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, classes)),
+        *(*stage(1, width), *stage(width, 2 * width)),
+        *(nn.Flatten(), nn.Linear(98 * width, hidden), nn.ReLU(), nn.Linear(hidden, classes)),
     )
 
 
-def measure_collapse(method: str, seed: int, data: Data, protocol: Protocol) -> dict[str, float]:
-    net, seconds = learn(COLLAPSE[method], seed, data, protocol, strided_cnn)
-    return {**measure(net, data, protocol.eps, ("fgsm", "pgd-20-2", "square-500")), "seconds": seconds}
+def measure_collapse(method: str, seed: int, data: Data, setting: Collapse) -> dict[str, float]:
+    net, seconds = setting.learn(method, seed, data)
+    found = measure(net, data, setting.protocol.eps, ("fgsm", "pgd-20-2", "square-500"))
+    return {**found, "seconds": seconds}
 
 
 # ---------------------------------------------------------------------------------------------------- cost
@@ -298,12 +333,15 @@ def experiments(quick: bool, only: str | None) -> list[Experiment]:
         setting = f"{len(data.train[0])} training and {len(data.test[0])} test images, {protocol.text}"
         run = functools.partial(measure_digits, data=data, protocol=protocol)
         found.append(Experiment("digits", setting, list(DIGITS), run))
-    if only in (None, "collapse"):
-        data = mnist()
-        steep = replace(STEEP, **short)
-        setting = f"{len(data.train[0])} training and {len(data.test[0])} test images of MNIST, {steep.text}, no warm-up"
-        run = functools.partial(measure_collapse, data=data, protocol=steep)
-        found.append(Experiment("collapse", setting, list(COLLAPSE), run))
+    for name, collapse in COLLAPSES.items():
+        if only in (None, name):
+            data = mnist()
+            steep = replace(collapse, protocol=replace(collapse.protocol, **short))
+            setting = (
+                f"{len(data.train[0])} training and {len(data.test[0])} test images of MNIST, {steep.text}"
+            )
+            run = functools.partial(measure_collapse, data=data, setting=steep)
+            found.append(Experiment(name, setting, list(steep.methods), run))
     if only in (None, "cost"):
         images = 64
         setting = f"a step on {images} digits, 1 thread, CPU time"
@@ -318,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = experiment.parser(
         "torchlin.benchmarks.train_robust",
         __doc__.splitlines()[0],
-        ("choose", "digits", "collapse", "cost"),
+        ("choose", "digits", *COLLAPSES, "cost"),
         seeds=3,
     )
     args = parser.parse_args(argv)
