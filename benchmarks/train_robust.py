@@ -178,18 +178,17 @@ class Collapse:
 
     protocol: Protocol
     batch_norm: bool
-    adam: float | None  # its rate, at all steps; else SGD with a triangle
+    adam: bool  # at one rate; else SGD, at a rate that grows and falls
     methods: Mapping[str, Method]
 
     @property
     def text(self) -> str:
-        how = f", Adam at {self.adam:g}" if self.adam else ""
-        return f"{self.protocol.text}{how}, no warm-up, {'' if self.batch_norm else 'no '}BatchNorm"
+        how = "Adam" if self.adam else "SGD"
+        return f"{self.protocol.text}, {how}, no warm-up, {'' if self.batch_norm else 'no '}BatchNorm"
 
     def learn(self, method: str, seed: int, data: Data) -> tuple[nn.Module, float]:
-        adam = self.adam or 0.0
         options: dict[str, Any] = {
-            "optimizer": lambda parameters: torch.optim.Adam(parameters, adam),
+            "optimizer": lambda parameters: torch.optim.Adam(parameters, self.protocol.lr),
             "schedule": lambda share: 1.0,
         }
         make = functools.partial(strided_cnn, self.batch_norm)
@@ -207,8 +206,8 @@ def _methods(lam: float) -> dict[str, Method]:
 
 STEEP = Protocol(eps=0.3, epochs=12, eps_warmup=0, batch_size=50)
 COLLAPSES = {
-    "collapse": Collapse(replace(STEEP, epochs=8), False, 1e-3, _methods(100.0)),
-    "collapse-bn": Collapse(STEEP, True, None, _methods(300.0)),
+    "collapse": Collapse(replace(STEEP, epochs=8, lr=1e-3), False, True, _methods(100.0)),
+    "collapse-bn": Collapse(STEEP, True, False, _methods(300.0)),
 }
 
 
