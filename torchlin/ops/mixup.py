@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchlin.ops._checks import can_look_at, check_float_tensor, check_scale, compute_dtype
+from torchlin import _library
+from torchlin.ops._checks import (
+    can_look_at,
+    check_float_tensor,
+    check_scale,
+    compute_dtype,
+    in_forward_mode,
+    needs_grad,
+)
+
+_raw: Any = torch.ops.torchlin
 
 
 def mixup_reference(x: Tensor, lam: float | Tensor, perm: Tensor) -> Tensor:
@@ -52,7 +64,99 @@ def mixup(x: Tensor, lam: float | Tensor, perm: Tensor) -> Tensor:
         raise ValueError("x must be (B, ...), a batch of samples, got a 0-dimensional tensor")
     lam = _check_lam(lam, x)
     _check_perm(perm, x)
-    return mixup_reference(x, lam, perm)
+    if in_forward_mode() or not _library.has_kernel(x.device.type):
+        return mixup_reference(x, lam, perm)
+    perm = perm.contiguous()
+    if isinstance(lam, Tensor):  # one for each sample; what is made of it is autograd's
+        lams = lam.to(x.device, compute_dtype(x.dtype)).expand(x.shape[:1])
+        if needs_grad(x, lams):
+            return _naming_perm(_Mixup.apply, x, 0.0, lams, perm)
+        return _naming_perm(_raw._mixup_fwd, x, 0.0, lams.contiguous().resolve_neg(), perm)
+    if needs_grad(x):
+        return _naming_perm(_Mixup.apply, x, lam, None, perm)
+    return _naming_perm(_raw._mixup_fwd, x, lam, None, perm)
+
+
+def _naming_perm(call: Callable[..., Tensor], *args: Any) -> Tensor:
+    """The CPU kernel looks at perm before it reads by it; what it refuses is an index that is out of range."""
+    if torch.compiler.is_compiling():
+        return call(*args)
+    try:
+        return call(*args)
+    except RuntimeError as error:
+        if found := re.search("perm must hold .* at [0-9]+", str(error)):
+            raise IndexError(found[0]) from None
+        raise
+
+
+def _dense(lams: Tensor | None) -> Tensor | None:
+    return None if lams is None else lams.contiguous().resolve_neg()
+
+
+class _Mixup(torch.autograd.Function):
+    """y = mixup(x, lam), linear in x and in lam."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, lam, lams, perm):
+        return _raw._mixup_fwd(x, lam, _dense(lams), perm)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.lam, lams, perm = inputs
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, lams, perm)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, lams, perm = ctx.saved_tensors
+        dx = _MixupTransposed.apply(grad, ctx.lam, lams, perm) if ctx.needs_input_grad[0] else None
+        dlam = _LamGradient.apply(grad, x, perm) if ctx.needs_input_grad[2] else None
+        return dx, None, dlam, None
+
+
+class _MixupTransposed(torch.autograd.Function):
+    """The transpose of x -> mixup(x, lam): every sample collects from those that it was mixed into."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, lam, lams, perm):
+        return _raw._mixup_bwd(grad, lam, _dense(lams), perm)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad, ctx.lam, lams, perm = inputs
+        ctx.save_for_backward(grad if ctx.needs_input_grad[2] else None, lams, perm)
+
+    @staticmethod
+    def backward(ctx, slope):
+        grad, lams, perm = ctx.saved_tensors
+        dgrad = _Mixup.apply(slope, ctx.lam, lams, perm) if ctx.needs_input_grad[0] else None
+        dlam = _LamGradient.apply(grad, slope, perm) if ctx.needs_input_grad[2] else None
+        return dgrad, None, dlam, None
+
+
+class _LamGradient(torch.autograd.Function):
+    """<grad_i, x_i - x_perm(i)> for every sample."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, x, perm):
+        return _raw._mixup_lam_bwd(grad, x, perm)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, weight):
+        grad, x, perm = ctx.saved_tensors
+        weight = weight.view(-1, *[1] * (x.dim() - 1))
+        scaled, wide = weight * grad, x.to(weight.dtype)
+        dx = scaled - torch.zeros_like(scaled).index_add(0, perm, scaled)
+        return (weight * (wide - wide[perm])).to(grad.dtype), dx.to(x.dtype), None
 
 
 def cutmix_reference(
@@ -128,7 +232,45 @@ def cutmix(
         boxes = cutmix_boxes(lam, x.shape[-2], x.shape[-1], device=x.device, generator=generator)
     else:
         _check_boxes(boxes, x)
-    return cutmix_reference(x, None, perm, boxes=boxes)
+    lam_effective = _lam_of(boxes, x)
+    if in_forward_mode() or not _library.has_kernel(x.device.type):
+        return cutmix_reference(x, None, perm, boxes=boxes)
+    perm, boxes = perm.contiguous(), boxes.contiguous()
+    if needs_grad(x):
+        return _naming_perm(_Cutmix.apply, x, perm, boxes), lam_effective
+    return _naming_perm(_raw._mixup_cut_fwd, x, perm, boxes), lam_effective
+
+
+class _Cutmix(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, perm, boxes):
+        return _raw._mixup_cut_fwd(x, perm, boxes)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _CutmixTransposed.apply(grad, *ctx.saved_tensors), None, None
+
+
+class _CutmixTransposed(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, perm, boxes):
+        return _raw._mixup_cut_bwd(grad, perm, boxes)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, slope):
+        return _Cutmix.apply(slope, *ctx.saved_tensors), None, None
 
 
 def cutmix_boxes(
@@ -209,3 +351,51 @@ def _check_boxes(boxes: Any, x: Tensor) -> None:
             raise ValueError(
                 f"boxes must be (top, bottom, left, right) inside of {height} x {width}, got {boxes.tolist()}"
             )
+
+
+# A batch of calls is one call on a larger batch: everybody's partners are in their own part of it.
+
+
+def _as_one(info, in_dims, perm_at: int, tensors: dict[int, str], args):
+    """args with their tensors flattened over the calls: "x" (calls, B, ...), "each" (calls, B), "boxes" (calls, B, 4)."""
+    count, perm = info.batch_size, args[perm_at]
+    size = perm.shape[-1] if in_dims[perm_at] is None else perm.numel() // count
+    args = list(args)
+    for at, kind in tensors.items():
+        if (t := args[at]) is None:
+            continue
+        t = t.expand(count, *t.shape) if in_dims[at] is None else t.movedim(in_dims[at], 0)
+        if kind == "perm":
+            t = t + torch.arange(count, device=t.device).unsqueeze(1) * size
+        elif kind == "boxes":
+            t = t.view(count, -1, 4).expand(count, size, 4)
+        args[at] = t.flatten(0, 1).contiguous() if kind != "x" else t.flatten(0, 1)
+    return args, lambda out: out.unflatten(0, (count, size)) if size else out.view(count, *out.shape)
+
+
+def _vmap(op: Any, perm_at: int, tensors: dict[int, str]) -> Callable[..., Any]:
+    def rule(info, in_dims, *args):
+        args, apart = _as_one(info, in_dims, perm_at, {**tensors, perm_at: "perm"}, args)
+        return apart(op(*args)), 0
+
+    return rule
+
+
+def _fake_lam_bwd(grad, x, perm):
+    return x.new_empty(x.shape[:1], dtype=compute_dtype(x.dtype))
+
+
+if _library.status()["cpu"].loaded:
+    torch.library.register_fake("torchlin::_mixup_fwd", lambda x, lam, lams, perm: torch.empty_like(x))
+    torch.library.register_fake("torchlin::_mixup_bwd", lambda grad, lam, lams, perm: torch.empty_like(grad))
+    torch.library.register_fake("torchlin::_mixup_lam_bwd", _fake_lam_bwd)
+    torch.library.register_fake("torchlin::_mixup_cut_fwd", lambda x, perm, boxes: torch.empty_like(x))
+    torch.library.register_fake("torchlin::_mixup_cut_bwd", lambda grad, perm, boxes: torch.empty_like(grad))
+    for name, at, kinds in (
+        ("_mixup_fwd", 3, {0: "x", 2: "each"}),
+        ("_mixup_bwd", 3, {0: "x", 2: "each"}),
+        ("_mixup_lam_bwd", 2, {0: "x", 1: "x"}),
+        ("_mixup_cut_fwd", 1, {0: "x", 2: "boxes"}),
+        ("_mixup_cut_bwd", 1, {0: "x", 2: "boxes"}),
+    ):
+        torch.library.register_vmap(f"torchlin::{name}", _vmap(getattr(_raw, name), at, kinds))
