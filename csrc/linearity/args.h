@@ -37,6 +37,8 @@ struct Arguments {
       : reduction(static_cast<Reduction>(how)), like(a) {
     TORCHLIN_CHECK(a.dim() == 2 && b.has_value() == c.has_value() && (b || a.size(0) % 3 == 0) && a.size(1) >= 1,
                    "linearity: logits must be (3B, K) or three (B, K), K >= 1");
+    TORCHLIN_CHECK(a.scalar_type() == ScalarType::Float || a.scalar_type() == ScalarType::Double,
+                   "linearity: expected float32 or float64 logits");
     const int64_t rows = a.size(0), k = a.size(1), samples = b ? rows : rows / 3;
     job.samples = samples, job.classes = k;
     const Tensor* points[] = {&a, b ? &*b : &a, c ? &*c : &a};
@@ -121,6 +123,15 @@ struct Arguments {
   const Tensor& keep(Tensor t) { return *(kept[count++] = std::move(t)); }
   const Tensor& like;
 };
+
+inline void check_scale(const Tensor& rows, const Tensor& by) {
+  const ScalarType dtype = rows.scalar_type();
+  TORCHLIN_CHECK((dtype == ScalarType::Float || dtype == ScalarType::Double) && dtype == by.scalar_type(),
+                 "linearity: expected float32 or float64 rows");
+  TORCHLIN_CHECK(rows.is_contiguous() && rows.dim() == 2 && rows.size(0) % 3 == 0 &&
+                     (by.dim() == 0 || (by.dim() == 1 && by.size(0) == rows.size(0) / 3)),
+                 "linearity: expected rows (3B, K) and one factor a sample");
+}
 
 #define TORCHLIN_LINEARITY_PARAMETERS                                                                                    \
   const Tensor &a, const Tensor &target, const Tensor &mix, const OptionalTensor &b, const OptionalTensor &c,              \

@@ -33,6 +33,7 @@ struct Job {
   Penalty penalty;
   double beta;
   double scale;  // of every penalty in the reduced value
+  const double* scale_at;  // null, or where a device has put it
 
   const void* grad_value;  // null: 1
   int64_t grad_value_step;

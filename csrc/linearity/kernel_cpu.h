@@ -222,7 +222,7 @@ struct Target {
   int count;
   double base;  // each class's, if constant
   const C* row;
-  double total;
+  double base_total, total;
 
   double at(int64_t k, Base kind) const {
     double t = kind == Base::none ? 0 : kind == Base::constant ? base : static_cast<double>(row[k]);
@@ -246,11 +246,19 @@ void run_sample(const Job& job, int64_t i, const Target<C>& target) {
     const C* next_z = static_cast<const C*>(job.logits[next_t]) + next * job.row_step[next_t];
     C* next_e = kGradient ? static_cast<C*>(job.dlogits) + (next_t * samples + next) * n : nullptr;
     sum[t] = exponentials<C, kGradient>(z[t], first.top, e[t], n, next_z, next_e);
-    double inner = kBase == Base::none ? 0 : kBase == Base::constant ? target.base * first.inner : first.inner;
-    for (int j = 0; j < target.count; ++j) {
-      if (target.named[j].share != 0) inner += target.named[j].share * static_cast<double>(z[t][target.named[j].at]);
+    // By differences from the largest logit: of one class all of them are 0.
+    const double top = static_cast<double>(first.top), log_sum = std::log(sum[t]);
+    loss[t] = 0;
+    if constexpr (kBase == Base::constant) {
+      const double count = static_cast<double>(n);
+      loss[t] = target.base * (count * log_sum - (first.inner - count * top));
     }
-    loss[t] = target.total * (static_cast<double>(first.top) + std::log(sum[t])) - inner;
+    if constexpr (kBase == Base::row) loss[t] = target.base_total * (top + log_sum) - first.inner;
+    for (int j = 0; j < target.count; ++j) {
+      const Named& named = target.named[j];
+      if (named.share != 0) loss[t] += named.share * (log_sum - (static_cast<double>(z[t][named.at]) - top));
+    }
+    if (sum[t] != sum[t]) loss[t] = sum[t];
     if (job.losses != nullptr) static_cast<C*>(job.losses)[t * samples + i] = static_cast<C>(loss[t]);
   }
   const double mix = static_cast<double>(static_cast<const C*>(job.mix)[i * job.mix_step]);
@@ -294,7 +302,7 @@ double write_row(C* row, const C* p, const C* weight, double smoothing, int64_t 
   double total = 0;
   for (int64_t k = 0; k < n; ++k) {
     C t = p == nullptr ? spread : smoothing != 0 ? kept * p[k] + spread : p[k];
-    if (weight != nullptr) t *= weight[k];
+    if (weight != nullptr && t != 0) t *= weight[k];
     row[k] = t;
     total += static_cast<double>(t);
   }
@@ -307,18 +315,17 @@ void run_samples(const Job& job, int64_t begin, int64_t end) {
   const C *dense = static_cast<const C*>(job.dense), *weight = static_cast<const C*>(job.weight);
   C* row = nullptr;
   Target<C> target{};
-  double base_total = 0;
   if constexpr (kBase == Base::constant) {
     target.base = job.smoothing / static_cast<double>(n);
-    base_total = target.base * static_cast<double>(n);
+    target.base_total = target.base * static_cast<double>(n);
   }
   if constexpr (kBase == Base::row) {
     target.row = row = linearity::Scratch::get<C>(linearity::Purpose::kTarget, n);
-    if (dense == nullptr) base_total = write_row<C>(row, nullptr, weight, job.smoothing, n);
+    if (dense == nullptr) target.base_total = write_row<C>(row, nullptr, weight, job.smoothing, n);
   }
   for (int64_t i = begin; i < end; ++i) {
     if (dense != nullptr) {
-      target.total = write_row(row, dense + i * n, weight, job.smoothing, n);
+      target.total = target.base_total = write_row(row, dense + i * n, weight, job.smoothing, n);
     } else {
       const int64_t labels[2] = {job.labels[i], job.others != nullptr ? job.others[i] : job.labels[i]};
       if (labels[0] == job.ignore_index || labels[1] == job.ignore_index) {
@@ -326,11 +333,11 @@ void run_samples(const Job& job, int64_t begin, int64_t end) {
         continue;
       }
       const double lam = job.others == nullptr ? 1 : static_cast<double>(static_cast<const C*>(job.lam)[i * job.lam_step]);
-      target.total = base_total;
+      target.total = target.base_total;
       target.count = job.others == nullptr ? 1 : 2;
       for (int j = 0; j < target.count; ++j) {
         double share = (1 - job.smoothing) * (j == 0 ? lam : 1 - lam);
-        if (weight != nullptr) share *= static_cast<double>(weight[labels[j]]);
+        if (weight != nullptr && share != 0) share *= static_cast<double>(weight[labels[j]]);
         target.named[j] = {labels[j], share};
         target.total += share;
       }

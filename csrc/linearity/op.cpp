@@ -23,7 +23,7 @@ using linearity::OptionalTensor;
 using linearity::Reduction;
 using linearity::Scratch;
 
-const linearity::Kernel& kernel_for(ScalarType dtype) {
+const linearity::Kernel& kernel_for(bool wide) {
 #if defined(__x86_64__)
   static constexpr std::array<const linearity::Kernel*, kCpuIsaCount> kLevels{baseline::kKernels, avx2::kKernels,
                                                                               avx512::kKernels};
@@ -31,8 +31,7 @@ const linearity::Kernel& kernel_for(ScalarType dtype) {
 #else
   const linearity::Kernel* kernels = baseline::kKernels;
 #endif
-  TORCHLIN_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "linearity: expected float32 or float64 logits");
-  return kernels[dtype == ScalarType::Double ? 1 : 0];
+  return kernels[wide ? 1 : 0];
 }
 
 constexpr int64_t kGrain = 65536;  // logits worth a thread
@@ -66,7 +65,7 @@ int64_t check_values(const Job& job, bool wide) {
 void run(Arguments& arguments, const Tensor* value) {
   Job& job = arguments.job;
   const bool wide = arguments.element() == 8;
-  const linearity::Kernel& kernel = kernel_for(wide ? ScalarType::Double : ScalarType::Float);
+  const linearity::Kernel& kernel = kernel_for(wide);
   const int64_t counted = check_values(job, wide);
   if (arguments.reduction == Reduction::mean) job.scale = 1 / static_cast<double>(counted);
   const std::unique_ptr<double[]> penalties(value != nullptr ? new double[static_cast<size_t>(job.samples)] : nullptr);
@@ -120,11 +119,9 @@ std::tuple<Tensor, Tensor> linearity_bwd(const OptionalTensor& grad_value, const
 }
 
 void linearity_scale(Tensor rows, const Tensor& by) {
-  TORCHLIN_CHECK(rows.is_contiguous() && rows.dim() == 2 && rows.size(0) % 3 == 0 && rows.scalar_type() == by.scalar_type(),
-                 "linearity: rows and their factors do not fit");
+  linearity::check_scale(rows, by);
   const int64_t samples = rows.size(0) / 3, width = rows.size(1);
-  TORCHLIN_CHECK(by.dim() == 0 || (by.dim() == 1 && by.size(0) == samples), "linearity: expected one factor a sample");
-  const linearity::Kernel& kernel = kernel_for(rows.scalar_type());
+  const linearity::Kernel& kernel = kernel_for(rows.scalar_type() == ScalarType::Double);
   const int64_t step = by.dim() == 0 ? 0 : by.stride(0);
   const void* factor = by.const_data_ptr();
   void* data = rows.mutable_data_ptr();

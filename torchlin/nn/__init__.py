@@ -4,6 +4,7 @@ from torchlin.nn.activation import Activation, GatedActivation
 from torchlin.nn.activation_from import from_torch
 from torchlin.nn.grid import GridBank, GridEmbedding, GridLinear
 from torchlin.nn.hadamard import HadamardTransform
+from torchlin.nn.linearity import LocalLinearityLoss
 from torchlin.nn.mixup import (
     AdaMixUp,
     IntrusionDiscriminator,
@@ -31,6 +32,7 @@ __all__ = [
     "HadamardTransform",
     "IdentityHead",
     "IntrusionDiscriminator",
+    "LocalLinearityLoss",
     "Mixup",
     "MixupSchedule",
     "ProjectionHead",

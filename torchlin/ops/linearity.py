@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 from torchlin import _library
 from torchlin.ops._checks import FLOAT_DTYPES, can_look_at, check_float_tensor, in_forward_mode, needs_grad
@@ -33,6 +33,7 @@ _CPU_KERNEL = _library.status()["cpu"].loaded
 _fwd_grad: Any = _raw._linearity_fwd_grad.default if _CPU_KERNEL else None
 _scale: Any = _raw._linearity_scale_.default if _CPU_KERNEL else None
 _INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+_DIRECT = frozenset((torch.float32, torch.float64))  # what kernels take
 _warned_of_half = False
 
 
@@ -69,7 +70,7 @@ def _distribution(t: Target, like: Tensor) -> Tensor:
             p = lam * p + (1 - lam) * _one_hot(t.others, like)
     if t.smoothing:
         p = (1 - t.smoothing) * p + t.smoothing / like.shape[-1]
-    return p if t.weight is None else p * t.weight
+    return p if t.weight is None else torch.where(p == 0, 0, p * t.weight)
 
 
 def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
@@ -292,6 +293,7 @@ def cross_entropy_linearity(
         and target.__class__ is Tensor
         and mix.__class__ is Tensor
         and penalty == "square"
+        and beta == 1.0
         and reduction == "mean"
         and not label_smoothing
         and weight is None
@@ -300,6 +302,7 @@ def cross_entropy_linearity(
         and logits.requires_grad
         and torch.is_grad_enabled()
         and logits.is_cpu
+        and logits.dtype in _DIRECT
         and not target.requires_grad
         and not _traced()
         and not in_forward_mode()
@@ -318,6 +321,8 @@ def cross_entropy_linearity(
             value, losses = _raw._linearity_fwd(*arguments)
         elif return_losses or _traced():
             value, losses = _Linearity.apply(*arguments)
+            if not needs_grad(*z):  # but mix, of which losses know nothing
+                losses = losses.detach()
         else:
             return _apply(_Fused, m, arguments, *z)
     except RuntimeError:  # kernels look at every value anyway, but only Python can say what was wrong
@@ -358,7 +363,7 @@ def _reference(
     top = rows.detach().amax(-1, keepdim=True)
     lse = (rows - top).exp().sum(-1).log() + top.squeeze(-1)
     p = _distribution(t, rows[0])  # (B, K)
-    losses = p.sum(-1) * lse - torch.where(p == 0, 0, p * rows).sum(-1)  # (3, B)
+    losses = torch.where(p == 0, 0, p * (lse.unsqueeze(-1) - rows)).sum(-1)  # (3, B)
     a, b, c = losses
     r = _residual(a, b, c, mix)
     if valid is not None:
@@ -381,7 +386,7 @@ def _gradients(
     if valid is not None:
         rows = rows.masked_fill(~valid.unsqueeze(-1), 0)
     lse = rows.logsumexp(-1)
-    a, b, c = p.sum(-1) * lse - torch.where(p == 0, 0, p * rows).sum(-1)
+    a, b, c = torch.where(p == 0, 0, p * (lse.unsqueeze(-1) - rows)).sum(-1)
     r = _residual(a, b, c, mix)
     slope = 2 * r if penalty == "square" else r.sign()
     if penalty == "huber":
@@ -426,6 +431,10 @@ _TENSORS = 8  # of these arguments, the options behind them
 _DEFAULTS = (None, None, None, None, None, 0.0, -100, 0, 1.0, 1)  # of those behind mix
 
 
+def _has_kernel(z: Tensor) -> bool:
+    return _library.has_kernel(z.device.type) and not (z.is_cuda and z.dtype is torch.float64)
+
+
 def _traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
@@ -451,12 +460,20 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if ctx.dlogits is None or torch.is_grad_enabled() or is_functorch_wrapped_tensor(grad):
+        if (
+            torch.is_grad_enabled()
+            or is_functorch_wrapped_tensor(grad)
+            or is_legacy_batchedtensor(grad)  # of is_grads_batched
+        ):
             dlogits, dmix = _gradient(grad, None, ctx.saved_tensors, ctx.options)
         else:
-            dlogits, ctx.dlogits = ctx.dlogits, None
+            dlogits, dmix = ctx.dlogits, ctx.dmix
+            if dlogits is None:
+                _, dlogits, dmix = _fwd_grad(*ctx.saved_tensors, *ctx.options)
+            ctx.dlogits = ctx.dmix = None
             _scale(dlogits, grad)
-            dmix = ctx.dmix * grad if ctx.needs_input_grad[0] else ctx.dmix
+            if ctx.needs_input_grad[0]:
+                dmix = dmix * grad
         return dmix if ctx.mixes else dmix.sum(), None, *_as_inputs(dlogits, ctx.split)
 
 
@@ -503,7 +520,7 @@ def _gradient(
 
 def _as_inputs(dlogits: Tensor, split: bool) -> tuple[Tensor, ...]:
     """The gradient (3B, K) as what the logits came in: one tensor, or three."""
-    return dlogits.unflatten(0, (3, dlogits.shape[0] // 3)).unbind() if split else (dlogits,)
+    return dlogits.chunk(3) if split else (dlogits,)
 
 
 # ---- checks
