@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,21 +44,26 @@ def one_by_one(x: Tensor, perm: Tensor, boxes: Tensor) -> Tensor:
     return out
 
 
+def first_of(function: Callable[..., tuple[Tensor, Tensor]], b: Batch) -> Tensor:
+    """The mixed images of cutmix."""
+    return function(b.x, None, b.perm, boxes=b.boxes)[0]
+
+
 def forward_rows(session: Session, args: argparse.Namespace) -> None:
     """Images without gradients, as a data loader's batch is mixed."""
     for size, shape in (QUICK if session.quick else SIZES).items():
         b = Batch(shape)
         wide = b.x.double()
         mixes: dict[str, Callable[[], Tensor]] = {
-            OURS: lambda b=b: mixup(b.x, b.lam, b.perm),
-            "torch": lambda b=b: mixup_reference(b.x, b.lam, b.perm),
+            OURS: partial(mixup, b.x, b.lam, b.perm),
+            "torch": partial(mixup_reference, b.x, b.lam, b.perm),
         }
         if not args.no_compile and (fast := compiled(mixup_reference, b.x, b.lam, b.perm)):
-            mixes["torch.compile"] = lambda b=b, fast=fast: fast(b.x, b.lam, b.perm)
+            mixes["torch.compile"] = partial(fast, b.x, b.lam, b.perm)
         cuts: dict[str, Callable[[], Tensor]] = {
-            OURS: lambda b=b: cutmix(b.x, None, b.perm, boxes=b.boxes)[0],
-            "torch": lambda b=b: cutmix_reference(b.x, None, b.perm, boxes=b.boxes)[0],
-            "torch, one by one": lambda b=b: one_by_one(b.x, b.perm, b.boxes),
+            OURS: partial(first_of, cutmix, b),
+            "torch": partial(first_of, cutmix_reference, b),
+            "torch, one by one": partial(one_by_one, b.x, b.perm, b.boxes),
         }
         expected = {
             "mixup": mixup_reference(wide, b.lam.double(), b.perm),
@@ -67,7 +73,7 @@ def forward_rows(session: Session, args: argparse.Namespace) -> None:
             for what, runs in (("mixup", mixes), ("cutmix", cuts)):
                 alloc = "reused" if reused else "fresh"
                 cases = [Case(name, run, alloc=alloc, result=run) for name, run in runs.items()]
-                cases.append(Case("copy", lambda b=b: b.target.copy_(b.x), alloc="out="))
+                cases.append(Case("copy", partial(b.target.copy_, b.x), alloc="out="))
                 session.compare(
                     what,
                     cases,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torchlin.benchmarks.harness import Case, Relation, Session
 from torchlin.benchmarks.heap import kept
 from torchlin.benchmarks.program import OURS, Program, Sections, compiled
 from torchlin.functional import sample_triplet
+from torchlin.ops.triplet import Norm
 
 EPS = 8 / 255
 SIZES = {"CIFAR, 128": (128, 3, 32, 32), "ImageNet, 128": (128, 3, 224, 224)}
@@ -45,40 +47,43 @@ def ball(x: Tensor) -> Tensor:
     return torch.cat((a, b, (1 - mix) * a + mix * b))
 
 
-def rows(session: Session, norm: str, composed: Callable[[Tensor], Tensor], args: argparse.Namespace) -> None:
+def rows(
+    session: Session, norm: Norm, composed: Callable[[Tensor], Tensor], args: argparse.Namespace
+) -> None:
     """Points of images: outputs from a heap that keeps what was freed, and fresh from the system."""
     for size, shape in (QUICK if session.quick else SIZES).items():
         x = torch.rand(shape)
-        source = x.flatten().repeat(2)
-        target = torch.empty_like(source)
+        pairs = x.flatten().repeat(2)  # read and written: the bytes of x read and three times written
+        target = torch.empty_like(pairs)
+        runs: dict[str, Callable[[], object]] = {
+            OURS: partial(sample_triplet, x, EPS, norm=norm, clip=(0, 1)),
+            "torch": partial(composed, x),
+        }
+        if not args.no_compile and (fast := compiled(composed, x)):
+            runs["torch.compile"] = partial(fast, x)
 
-        def ours(x: Tensor = x) -> Tensor:
-            return sample_triplet(x, EPS, norm=norm, clip=(0, 1))[0]
-
-        def copied(source: Tensor = source, target: Tensor = target) -> Tensor:
-            return target.copy_(source)
-
-        def cases(alloc: str, x: Tensor = x, ours: Callable[[], Tensor] = ours) -> list[Case]:
-            made = [Case(OURS, ours, alloc=alloc), Case("torch", lambda: composed(x), alloc=alloc)]
-            if not args.no_compile and (fast := compiled(composed, x)):
-                made.append(Case("torch.compile", lambda: fast(x), alloc=alloc))
-            # Two elements read and two written: the bytes of one read and three written.
-            return [*made, Case("copy", copied, alloc="out=")]
-
-        def relations(made: list[Case], large: bool = x.numel() > 1 << 20) -> list[Relation]:
-            over_copy = "<=2" if norm == "linf" and large else ""
-            goal = ">=3" if norm == "linf" else ""
-            others = [Relation(c.name, OURS, goal if c.name == "torch" else "") for c in made[1:-1]]
-            return [*others, Relation(OURS, "copy", over_copy)]
-
-        def measure(alloc: str, x: Tensor = x, shape: tuple[int, ...] = shape, size: str = size) -> None:
-            made = cases(alloc)
-            session.compare(f"triplet, {norm}", made, relations(made), size=size, shape=shape, dtype=x.dtype)
+        def measure(
+            alloc: str, copy: Case, runs: dict[str, Callable[[], object]] = runs, size: str = size
+        ) -> None:
+            shape = SIZES.get(size) or QUICK[size]
+            goals = {"torch": ">=3"} if norm == "linf" else {}
+            floor = "<=2" if norm == "linf" and alloc == "reused" and shape[-1] > 100 else ""
+            session.compare(
+                f"triplet, {norm}",
+                [*(Case(name, run, alloc=alloc) for name, run in runs.items()), copy],
+                [
+                    *(Relation(name, OURS, goals.get(name, "")) for name in list(runs)[1:]),
+                    Relation(OURS, copy.name, floor),
+                ],
+                size=size,
+                shape=shape,
+                dtype=torch.float32,
+            )
 
         with kept(8 * x.numel() * x.element_size()) as reused:
             if reused:
-                measure("reused")
-        measure("fresh")
+                measure("reused", Case("copy", partial(target.copy_, pairs), alloc="out="))
+        measure("fresh", Case("clone", pairs.clone))
 
 
 def sections(session: Session, args: argparse.Namespace) -> Sections:
