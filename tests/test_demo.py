@@ -220,6 +220,7 @@ def test_robust(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pytest.Captur
     monkeypatch.setattr(train_robust, "digits", lambda: few)
     monkeypatch.setattr(robust, "PROTOCOL", train_robust.Protocol(epochs=3, eps_warmup=1))
     monkeypatch.setattr(robust, "SEEDS", (0, 1))
+    monkeypatch.setattr(robust, "WORKERS", 1)
     monkeypatch.setattr(robust, "ATTACKS", ("fgsm", "pgd-20-2", "square-20"))
     monkeypatch.setattr(robust, "check", seen.append)  # claims about longer trainings
     assert demo.main(["robust"]) == 0

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +34,7 @@ ATTACKS = ("fgsm", "pgd-20-2", "square-500")
 PICTURE = Path("demo-output") / "robust.png"
 LOOK_EVERY = 3  # epochs, at the first images of the test half
 LOOK_AT = 200
+WORKERS = os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -46,17 +51,12 @@ def run() -> None:
     """The stop: train, attack, compare."""
     need("sklearn")
     data = train_robust.digits()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the nets are small, and threads would wait for each other
+    tasks = [(name, seed) for name in METHODS for seed in SEEDS]
     runs: dict[str, list[Run]] = {name: [] for name in METHODS}
-    try:
-        with progress(len(METHODS) * len(SEEDS), "training") as bar:
-            for name, method in METHODS.items():
-                for seed in SEEDS:
-                    runs[name].append(one(method, seed, data))
-                    bar.advance(description=f"{name}, seed {seed}")
-    finally:
-        torch.set_num_threads(threads)
+    with progress(len(tasks), "training nets") as bar:
+        for (name, _), result in zip(tasks, _each(tasks, data), strict=True):
+            runs[name].append(result)
+            bar.advance()
     show(runs, data)
     if find_spec("matplotlib"):
         plot(runs)
@@ -64,25 +64,43 @@ def run() -> None:
     check(runs)
 
 
-def one(method: Method, seed: int, data: Data) -> Run:
+def _each(tasks: list[tuple[str, int]], data: Data) -> Iterator[Run]:
+    """The nets, as many at a time as there are cores: each is too small for more than one thread."""
+    jobs = [(METHODS[name], seed, data, PROTOCOL, ATTACKS) for name, seed in tasks]
+    if WORKERS == 1:
+        yield from (one(*job) for job in jobs)
+        return
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # a forked process would inherit torch's threads half alive
+    with ProcessPoolExecutor(WORKERS, context, _in_worker) as pool:
+        yield from (done.result() for done in [pool.submit(one, *job) for job in jobs])
+
+
+def _in_worker() -> None:
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- progress of each net
+
+
+def one(method: Method, seed: int, data: Data, protocol: Protocol, attacks: Sequence[str]) -> Run:
     """Trains a net from one seed, and attacks it."""
     way: dict[int, tuple[float, float]] = {}
+    few = data.test[0][:LOOK_AT], data.test[1][:LOOK_AT]
 
     def look(epoch: int, net: nn.Module) -> dict[str, float]:
         if epoch % LOOK_EVERY == 0 or epoch == 1:
-            few = data.test[0][:LOOK_AT], data.test[1][:LOOK_AT]
-            pgd = evaluate(net, few, PROTOCOL.eps, clip=CLIP, attacks=("pgd-10-1",), generator=_generator())
-            way[epoch] = pgd["pgd-10-1"], _error(net, few)
+            found = evaluate(net, few, protocol.eps, clip=CLIP, attacks=("pgd-10-1",), generator=_generator())
+            way[epoch] = found["pgd-10-1"], _error(net, few, protocol.eps)
         return {}
 
-    net, seconds = train_robust.learn(method, seed, data, PROTOCOL, on_epoch=look)
-    found = evaluate(net, data.test, PROTOCOL.eps, clip=CLIP, attacks=ATTACKS, generator=_generator())
-    return Run(found.accuracy, _error(net, data.test), way, seconds)
+    net, seconds = train_robust.learn(method, seed, data, protocol, on_epoch=look)
+    found = evaluate(net, data.test, protocol.eps, clip=CLIP, attacks=attacks, generator=_generator())
+    return Run(found.accuracy, _error(net, data.test, protocol.eps), way, seconds)
 
 
-def _error(net: nn.Module, images: tuple[Tensor, Tensor]) -> float:
+def _error(net: nn.Module, images: tuple[Tensor, Tensor], eps: float) -> float:
     x, y = images
-    return float(linearity_error(net, x, y, PROTOCOL.eps, generator=_generator()))
+    return float(linearity_error(net, x, y, eps, generator=_generator()))
 
 
 def _generator() -> torch.Generator:
