@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from torchlin.functional import sample_triplet
-from torchlin.ops.triplet import philox, triplet_from_seed, triplet_from_seed_reference
+from torchlin.ops.triplet import (
+    philox,
+    sample_triplet_reference,
+    triplet_from_seed,
+    triplet_from_seed_reference,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -160,6 +165,7 @@ def test_generators() -> None:
     second = sample_triplet(x, 0.1, generator=generator)
     assert battery.bits(first) != battery.bits(second)
     assert battery.bits(sample_triplet(x, 0.1, generator=make())) == battery.bits(first)
+    assert battery.bits(sample_triplet_reference(x, 0.1, generator=make())) == battery.bits(first)
     state = torch.get_rng_state()
     sample_triplet(x, 0.1, generator=make())
     assert torch.equal(torch.get_rng_state(), state)  # torch's own is not touched

@@ -126,6 +126,19 @@ def triplet_from_seed_reference(
     return torch.cat((a, b, c.to(x.dtype))), mix
 
 
+def sample_triplet_reference(
+    x: Tensor,
+    eps: float | Tensor,
+    *,
+    norm: Norm = "linf",
+    clip: tuple[float, float] | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`sample_triplet` in plain torch: it draws the same seed and makes the same points."""
+    seed = _draw_seed(x.device, generator)
+    return triplet_from_seed_reference(x, eps, seed, norm=norm, clip=clip)
+
+
 def triplet_from_seed(
     x: Tensor,
     eps: float | Tensor,
