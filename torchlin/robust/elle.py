@@ -183,7 +183,6 @@ class ELLE(Regularizer):
                 self._look_for_collapse(outputs, y)
         return weighted
 
-    @torch.no_grad()
     def _look_for_collapse(self, logits: Tensor, y: Any) -> None:
         """Whether the predictions of two looks in a row said nothing about which sample they were of."""
         said = information(logits)
