@@ -591,16 +591,22 @@ def check_meta(op: Op, sample: Sample) -> None:
         assert got == expected, f"meta: {got}, expected {expected}"
 
 
-@check(dtypes=(torch.float32, torch.bfloat16))
+def _chosen(op: Op, sample: Sample) -> bool:
+    return sample.name in (op.inductor or (samples_of(op, "cpu", op.dtypes[0])[0].name,))
+
+
+@check(
+    dtypes=(torch.float32, torch.bfloat16),
+    applies=lambda op, sample: (
+        all(t.dtype is not torch.bfloat16 for t in sample.tensors) or _chosen(op, sample)
+    ),
+)
 def check_compile(op: Op, sample: Sample) -> None:
     """torch.compile traces the op whole, for any size, forward and backward."""
     _check_compiled(op, sample, "aot_eager")
 
 
-@check(
-    dtypes=(torch.float32,),
-    applies=lambda op, s: s.name in (op.inductor or (samples_of(op, "cpu", op.dtypes[0])[0].name,)),
-)
+@check(dtypes=(torch.float32,), applies=_chosen)
 def check_inductor(op: Op, sample: Sample) -> None:
     _check_compiled(op, sample, "inductor")
 

@@ -31,11 +31,11 @@ GRIDS = [
     (8, 256),
     (8, 65536),
 ]
-# Whose coordinates have 16 bits, in every way to store up to 256 of them: whole and part bytes, two digits in 7 to 15 bits, more.
+# Whose coordinates have 16 bits, in every way to store codes: whole and part bytes, two digits in 7 to 15 bits, more.
 FIXED = [
     *((1, n) for n in (3, 11, 42, 88, 128, 181, 250, 256)),
     *((2, n) for n in (22, 45, 64, 88, 90, 128, 162, 256)),
-    *((p, n) for p in (3, 4) for n in (22, 88, 128, 181, 256)),
+    *((p, n) for p in (3, 4) for n in (22, 88, 128, 181, 256, 830, 4096)),
 ]
 
 
@@ -224,7 +224,9 @@ def test_linear(p: int, n: int, level: str) -> None:
 
 @pytest.mark.parametrize(("p", "n"), FIXED)
 def test_linear_of_16_bit_points(p: int, n: int, level: str) -> None:
-    for i, shape in enumerate([*shapes_of(p), (6, 640 * p, 4 * p), (3, 64 * p + 1, 64 * p)]):
+    for i, shape in enumerate(
+        [*shapes_of(p), (6, 640 * p, 4 * p), (3, 64 * p + 1, 64 * p), (50, 663 * p - 1, 663 * p)]
+    ):
         for j, batch in enumerate((1, 4)):
             check_linear(
                 p, n, shape, batch, torch.float32, torch.float16, bias=bool(j), unit=2.0 ** (-12 - i)
