@@ -298,7 +298,7 @@ class StepTime:
 def measure_cost(steps: dict[str, StepTime]) -> dict[str, dict[str, float]]:
     """Of each method the time of a step over FGSM's and GradAlign's, run in turn with them: medians of paired values."""
     cases = [Case(name, step) for name, step in steps.items()]
-    took = interleave(cases, HostTimer(), budget_s=12.0)
+    took = interleave(cases, HostTimer(), budget_s=90.0)
     return {
         name: {
             "ms a step": took[name].median / 1e6,
@@ -341,7 +341,7 @@ def experiments(quick: bool, only: str | None) -> list[Experiment]:
             run = functools.partial(measure_collapse, data=data, setting=steep)
             found.append(Experiment(name, setting, list(steep.methods), run))
     if only in (None, "cost"):
-        images = 64
+        images = 128
         setting = f"a step on {images} digits, 1 thread, CPU time"
         found.append(
             Experiment("cost", setting, [*STEPS, FASTER], lambda method, seed: _costs(images, seed)[method])
