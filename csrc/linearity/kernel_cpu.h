@@ -141,9 +141,11 @@ TORCHLIN_INLINE First<C, kBase> first_pass(const C* z, [[maybe_unused]] const C*
 TORCHLIN_INLINE V<float> exp_below(V<float> x) { return tl::exp_core(x); }
 TORCHLIN_INLINE V<double> exp_below(V<double> x) { return tl::exp_pair(x).v; }
 
-// The sum of exp(z - top); the terms to e if that is wanted. What comes next, next_z and next_e, is fetched meanwhile.
-template <class C, bool kKeep>
-TORCHLIN_INLINE double exponentials(const C* z, C top, C* e, int64_t n, const C* next_z, [[maybe_unused]] C* next_e) {
+// The sum of exp(z - top); the terms to e if that is wanted, in whole vectors if e has room for them. What comes next, next_z
+// and next_e, is fetched meanwhile.
+template <class C, bool kKeep, bool kRoom>
+TORCHLIN_INLINE WideSum exponentials(const C* z, C top, [[maybe_unused]] C* e, int64_t n, [[maybe_unused]] const C* next_z,
+                                     [[maybe_unused]] C* next_e) {
   constexpr int64_t W = kLanes<C>;
   V<C> part[kChains];
   WideSum sum;
@@ -156,9 +158,11 @@ TORCHLIN_INLINE double exponentials(const C* z, C top, C* e, int64_t n, const C*
   while (i + kChains * W <= n) {
     const int64_t end = std::min(n - kChains * W, i + (kBlock - 1) * kChains * W);
     for (; i <= end; i += kChains * W) {
-      for (int64_t line = 0; line < kChains * W * static_cast<int64_t>(sizeof(C)); line += kLine) {
-        __builtin_prefetch(reinterpret_cast<const char*>(next_z + i) + line, 0, 2);
-        if constexpr (kKeep) __builtin_prefetch(reinterpret_cast<const char*>(next_e + i) + line, 1, 2);
+      if constexpr (!kRoom) {
+        for (int64_t line = 0; line < kChains * W * static_cast<int64_t>(sizeof(C)); line += kLine) {
+          __builtin_prefetch(reinterpret_cast<const char*>(next_z + i) + line, 0, 2);
+          if constexpr (kKeep) __builtin_prefetch(reinterpret_cast<const char*>(next_e + i) + line, 1, 2);
+        }
       }
       unroll<kChains>([&](int j) __attribute__((always_inline)) {
         const V<C> v = exp_below(load(z + i + j * W) - top);
@@ -175,16 +179,17 @@ TORCHLIN_INLINE double exponentials(const C* z, C top, C* e, int64_t n, const C*
   }
   if (i < n) {
     const V<C> v = exp_below(load_some(z + i, n - i, top) - top);  // what is not there counts as nothing below
-    if constexpr (kKeep) store_some(e + i, v, n - i);
+    if constexpr (kKeep && kRoom) store(e + i, v);
+    if constexpr (kKeep && !kRoom) store_some(e + i, v, n - i);
     part[1] += lanes_below<C>(n - i) ? v : V<C>{};
   }
   flush();
-  return sum.total();
+  return sum;
 }
 
-// e = c e - q base, in place.
-template <class C, Base kBase>
-TORCHLIN_INLINE void last_pass(C* e, [[maybe_unused]] const C* base, int64_t n, double c, [[maybe_unused]] double q) {
+// out = c e - q base; they may be one, or e has room for whole vectors.
+template <class C, Base kBase, bool kRoom>
+TORCHLIN_INLINE void last_pass(C* out, const C* e, [[maybe_unused]] const C* base, int64_t n, double c, [[maybe_unused]] double q) {
   constexpr int64_t W = kLanes<C>;
   const C factor = static_cast<C>(c), share = static_cast<C>(q);
   const auto of = [&](V<C> v, [[maybe_unused]] int64_t at, [[maybe_unused]] int64_t count) __attribute__((always_inline)) {
@@ -193,8 +198,8 @@ TORCHLIN_INLINE void last_pass(C* e, [[maybe_unused]] const C* base, int64_t n, 
     else return v * factor - (count < W ? load_some(base + at, count, C(0)) : load(base + at)) * share;
   };
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(e + i, of(load(e + i), i, W));
-  if (i < n) store_some(e + i, of(load_some(e + i, n - i, C(0)), i, n - i), n - i);
+  for (; i + W <= n; i += W) store(out + i, of(load(e + i), i, W));
+  if (i < n) store_some(out + i, of(kRoom ? load(e + i) : load_some(e + i, n - i, C(0)), i, n - i), n - i);
 }
 
 // ---- one sample ----
@@ -231,29 +236,47 @@ struct Target {
   }
 };
 
-template <class C, Base kBase, bool kGradient>
+// Rows up to which exponentials stay on the stack, in whole vectors: what was just stored under a mask can be loaded again only
+// after a while, which is most of a short row's time.
+constexpr int64_t kShort = 256;
+
+template <class C, Base kBase, bool kGradient, bool kRoom>
 void run_sample(const Job& job, int64_t i, const Target<C>& target) {
-  const int64_t n = job.classes, samples = job.samples;
+  const int64_t n = job.classes, samples = job.samples, next = i + 1 < samples ? i + 1 : i;
   const C* z[3];
-  C* e[3];
+  C *out[3], *e[3];
+  alignas(64) [[maybe_unused]] C room[kRoom && kGradient ? 3 * kShort : 1];
+  First<C, kBase> first[3];
+  WideSum parts[3];
   double sum[3], loss[3];
   for (int t = 0; t < 3; ++t) {
     z[t] = static_cast<const C*>(job.logits[t]) + i * job.row_step[t];
-    e[t] = kGradient ? static_cast<C*>(job.dlogits) + (t * samples + i) * n : nullptr;
-    const First<C, kBase> first = first_pass<C, kBase>(z[t], target.row, n);
-    const int64_t next = t < 2 ? i : i + 1 < samples ? i + 1 : i;
-    const int next_t = (t + 1) % 3;
-    const C* next_z = static_cast<const C*>(job.logits[next_t]) + next * job.row_step[next_t];
-    C* next_e = kGradient ? static_cast<C*>(job.dlogits) + (next_t * samples + next) * n : nullptr;
-    sum[t] = exponentials<C, kGradient>(z[t], first.top, e[t], n, next_z, next_e);
+    out[t] = kGradient ? static_cast<C*>(job.dlogits) + (t * samples + i) * n : nullptr;
+    e[t] = kRoom && kGradient ? room + t * kShort : out[t];
+  }
+  if constexpr (kRoom) {  // pass by pass: what ends a pass is a chain of operations, whose time three rows can share
+    for (int t = 0; t < 3; ++t) first[t] = first_pass<C, kBase>(z[t], target.row, n);
+    for (int t = 0; t < 3; ++t) parts[t] = exponentials<C, kGradient, true>(z[t], first[t].top, e[t], n, nullptr, nullptr);
+  } else {  // row by row, so that the next one can be fetched
+    for (int t = 0; t < 3; ++t) {
+      const int64_t of = t < 2 ? i : next;
+      const int next_t = (t + 1) % 3;
+      const C* next_z = static_cast<const C*>(job.logits[next_t]) + of * job.row_step[next_t];
+      C* next_e = kGradient ? static_cast<C*>(job.dlogits) + (next_t * samples + of) * n : nullptr;
+      first[t] = first_pass<C, kBase>(z[t], target.row, n);
+      parts[t] = exponentials<C, kGradient, false>(z[t], first[t].top, e[t], n, next_z, next_e);
+    }
+  }
+  for (int t = 0; t < 3; ++t) sum[t] = parts[t].total();
+  for (int t = 0; t < 3; ++t) {
     // By differences from the largest logit: of one class all of them are 0.
-    const double top = static_cast<double>(first.top), log_sum = std::log(sum[t]);
+    const double top = static_cast<double>(first[t].top), log_sum = std::log(sum[t]);
     loss[t] = 0;
     if constexpr (kBase == Base::constant) {
       const double count = static_cast<double>(n);
-      loss[t] = target.base * (count * log_sum - (first.inner - count * top));
+      loss[t] = target.base * (count * log_sum - (first[t].inner - count * top));
     }
-    if constexpr (kBase == Base::row) loss[t] = target.base_total * (top + log_sum) - first.inner;
+    if constexpr (kBase == Base::row) loss[t] = target.base_total * (top + log_sum) - first[t].inner;
     for (int j = 0; j < target.count; ++j) {
       const Named& named = target.named[j];
       if (named.share != 0) loss[t] += named.share * (log_sum - (static_cast<double>(z[t][named.at]) - top));
@@ -278,8 +301,8 @@ void run_sample(const Job& job, int64_t i, const Target<C>& target) {
         const int64_t k = target.named[j].at;
         named[j] = static_cast<C>(c * static_cast<double>(e[t][k]) - q * target.at(k, kBase));
       }
-      last_pass<C, kBase>(e[t], target.row, n, c, kBase == Base::constant ? q * target.base : q);
-      for (int j = 0; j < target.count; ++j) e[t][target.named[j].at] = named[j];
+      last_pass<C, kBase, kRoom>(out[t], e[t], target.row, n, c, kBase == Base::constant ? q * target.base : q);
+      for (int j = 0; j < target.count; ++j) out[t][target.named[j].at] = named[j];
     }
   }
 }
@@ -309,7 +332,7 @@ double write_row(C* row, const C* p, const C* weight, double smoothing, int64_t 
   return total;
 }
 
-template <class C, Base kBase, bool kGradient>
+template <class C, Base kBase, bool kGradient, bool kRoom>
 void run_samples(const Job& job, int64_t begin, int64_t end) {
   const int64_t n = job.classes;
   const C *dense = static_cast<const C*>(job.dense), *weight = static_cast<const C*>(job.weight);
@@ -342,7 +365,7 @@ void run_samples(const Job& job, int64_t begin, int64_t end) {
         target.total += share;
       }
     }
-    run_sample<C, kBase, kGradient>(job, i, target);
+    run_sample<C, kBase, kGradient, kRoom>(job, i, target);
   }
 }
 
@@ -350,8 +373,11 @@ template <class C>
 void run(const Job& job, int64_t begin, int64_t end) {
   const auto of_base = [&](auto base) {
     constexpr Base kBase = decltype(base)::value;
-    if (job.dlogits != nullptr) run_samples<C, kBase, true>(job, begin, end);
-    else run_samples<C, kBase, false>(job, begin, end);
+    const bool room = job.classes <= kShort, gradient = job.dlogits != nullptr;
+    if (room && gradient) run_samples<C, kBase, true, true>(job, begin, end);
+    else if (room) run_samples<C, kBase, false, true>(job, begin, end);
+    else if (gradient) run_samples<C, kBase, true, false>(job, begin, end);
+    else run_samples<C, kBase, false, false>(job, begin, end);
   };
   if (job.dense != nullptr || (job.smoothing != 0 && job.weight != nullptr)) {
     of_base(std::integral_constant<Base, Base::row>{});
@@ -366,7 +392,7 @@ template <class C>
 void scale(void* rows, int64_t width, const void* factor, int64_t step, int64_t samples, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const C by = static_cast<const C*>(factor)[r % samples * step];
-    if (by != C(1)) last_pass<C, Base::none>(static_cast<C*>(rows) + r * width, nullptr, width, static_cast<double>(by), 0);
+    if (by != C(1)) last_pass<C, Base::none, false>(static_cast<C*>(rows) + r * width, static_cast<C*>(rows) + r * width, nullptr, width, static_cast<double>(by), 0);
   }
 }
 
