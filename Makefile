@@ -15,8 +15,9 @@ READY := $(VENV)/.torchlin-ready
 demo: build
 	$(BIN)/torchlin demo $(STOPS)
 
+# A worker for each core; threads of an op that wait give their core to the other workers.
 test: build
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
 
 bench: build
 	$(BIN)/torchlin bench $(FAMILY)
