@@ -97,9 +97,18 @@ def test_a_text_that_is_too_short_is_refused() -> None:
     assert text_windows(lambda text: torch.arange(1100), "many").shape == (2, 512)
 
 
-def test_speed_counts_tokens(checkpoint: Path) -> None:
+def test_speed_counts_tokens(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that moves a quarter of a second with each forward, the prompt's own too."""
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
-    assert tokens_per_second(model, torch.arange(6), count=3, repeats=1) > 0
+    clock = [0.0]
+
+    def tick(*_: object) -> None:
+        clock[0] += 0.25
+
+    model.register_forward_hook(tick)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    assert tokens_per_second(model, torch.arange(6), count=3, repeats=2) == 4.0
+    assert clock[0] == 2 * (1 + 3) * 0.25
 
 
 def _encoder(folder: Path):
