@@ -274,13 +274,15 @@ BLOCKS: dict[str, Callable[[Path], list[str]]] = {
     "activation-worst": _runs("activation_all.csv", catalogue_worst),
     "activation-train": trained,
     "grid": _goals("grid.csv", by_size),
+    "linearity": _goals("linearity.csv", by_size),
+    "triplet": _goals("triplet.csv", by_size),
     "mixup-patches": _experiment("mixup_train.csv", "patches"),
     "mixup-line": _experiment("mixup_train.csv", "line"),
     "mixup-digits": _experiment("mixup_train.csv", "digits"),
     "projection-weights": _experiment("projection_train.csv", "weights"),
     "projection-mismatch": _experiment("projection_train.csv", "mismatch"),
 }
-GOALS = ("hadamard", "activation", "grid")
+GOALS = ("hadamard", "activation", "grid", "linearity", "triplet")
 
 
 def generate(results: Path, name: str = "") -> str:
