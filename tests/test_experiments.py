@@ -61,7 +61,7 @@ def test_best_weights_of_a_linear_net() -> None:
     encoder, _ = train_projection.train("no head", 0, protocol)
     found = train_projection.weights(encoder, 4, torch.Generator().manual_seed(1))
     torch.testing.assert_close(found, protocol.data().solution, rtol=0.1, atol=0)
-    torch.testing.assert_close(found, encoder.weight.detach().norm(dim=0))
+    torch.testing.assert_close(found, encoder.weight.detach().norm(dim=0), rtol=1e-3, atol=0)
     assert train_projection.probe(encoder, 0, protocol, torch.Generator().manual_seed(2)) > 95
 
 
