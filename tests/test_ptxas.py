@@ -209,3 +209,18 @@ def test_the_kept_tables_are_of_these_grid_kernels(grid_kernels):
     with (gpu_model.RESULTS / "grid.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(grid_model.LAYERS) * len(grid_model.GRIDS) * len(grid_model.BATCHES)
+
+
+# ---- families whose kernels are read as they were built
+
+
+@pytest.mark.parametrize(("family", "kernels_of_it"), [("linearity", 24), ("mixup", 35), ("triplet", 34)])
+def test_no_built_kernel_spills(family: str, kernels_of_it: int) -> None:
+    """The build keeps what ptxas says beside each object, for every architecture that it compiles for."""
+    logs = sorted((ROOT / "build").glob(f"native-*/csrc.{family}.op.cu.o.ptxas"))
+    if not logs:
+        pytest.skip("_cuda was not built here")
+    for log in logs:
+        text = log.read_text()
+        assert text.count("Compiling entry function") >= kernels_of_it
+        assert not re.findall(r"[1-9]\d* bytes (?:stack frame|spill \w+)", text)

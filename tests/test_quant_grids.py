@@ -207,8 +207,7 @@ def test_error_in_the_plane_is_that_of_a_mesh(name):
 
 @pytest.mark.parametrize(
     "g",
-    [grid(n, p) for n, p in ((88, 2), (256, 2), (64, 3), (256, 4), (88, 1), (256, 1))]
-    + [grid(129, 4, "d4")],
+    [grid(n, p) for n, p in ((88, 2), (256, 2), (64, 3), (256, 4), (88, 1), (256, 1))] + [grid(129, 4, "d4")],
     ids=lambda g: g.id,
 )
 def test_coordinates_of_up_to_256_points_have_16_bits(g):

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gpu/math.cuh"
+#include "gpu/rounded.cuh"
 #include "gpu/scalar.cuh"
 #include "gpu/vec.cuh"
 #include "triplet/job.h"
@@ -17,21 +18,7 @@ inline constexpr int kVector = gpu::kVectorBytes / static_cast<int>(sizeof(T));
 template <class T>
 using compute_t = gpu::accumulate_t<T>;
 
-// Rounded before it is added to, whatever the compiler would like to contract.
-TORCHLIN_INLINE float times(float a, float b) {
-#if defined(__CUDACC__)
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-TORCHLIN_INLINE double times(double a, double b) {
-#if defined(__CUDACC__)
-  return __dmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
+using gpu::times;
 
 TORCHLIN_INLINE float rooted(float v) {
 #if defined(__CUDACC__)

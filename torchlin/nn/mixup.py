@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from torchlin.functional import cutmix, mixup
 from torchlin.ops._checks import check_float_tensor, compute_dtype
-from torchlin.ops.mixup import cutmix_boxes
 
 Pair = tuple[Tensor, Tensor, Tensor]  # y1, y2, and the weight of y1, each (B,)
 Target = Tensor | Pair
@@ -41,13 +40,6 @@ def _beta(
     power = torch.empty((2, *shape), device=where).exponential_(generator=generator) / alpha
     first, second = (gamma.log() - power).unbind()
     return torch.sigmoid(first - second).to(device, non_blocking=True)
-
-
-def _boxes(
-    lam: Tensor, size: tuple[int, int], generator: torch.Generator | None, device: torch.device
-) -> Tensor:
-    where = device if generator is None else generator.device
-    return cutmix_boxes(lam.to(where), *size, device=where, generator=generator).to(device, non_blocking=True)
 
 
 # --------------------------------------------------------------------------------------------------- targets
@@ -82,7 +74,7 @@ def mixup_cross_entropy(
 
     Args:
         logits: (B, K). float16 and bfloat16 are computed in float32.
-        target: (y1, y2, lam) with integer y1, y2 (B,) and lam (B,) or a scalar; or what `F.cross_entropy` takes,
+        target: (y1, y2, lam) with integer y1, y2 (B,) and lam (B,), a scalar or a number; or what `F.cross_entropy` takes,
             labels (B,) or probabilities (B, K), so that one loss serves training and evaluation.
         label_smoothing: in [0, 1], of both labels.
         reduction: "mean", "sum" or "none".
@@ -120,11 +112,16 @@ def mixup_cross_entropy(
 
 
 def _check_pair(target: object, samples: int) -> Pair:
-    if not isinstance(target, tuple) or len(target) != 3 or not all(isinstance(t, Tensor) for t in target):
+    if (
+        not isinstance(target, tuple)
+        or len(target) != 3
+        or not all(isinstance(y, Tensor) for y in target[:2])
+    ):
         raise TypeError(
-            f"target must be a tensor or three tensors (y1, y2, lam), got {type(target).__name__}"
+            f"target must be a tensor or (y1, y2, lam), of two tensors and a weight, got {type(target).__name__}"
         )
     y1, y2, lam = target
+    lam = lam if isinstance(lam, Tensor) else torch.tensor(_check_share("target: lam", lam), device=y1.device)
     for name, y in (("y1", y1), ("y2", y2)):
         if y.is_floating_point() or y.dtype is torch.bool:
             raise TypeError(f"target: {name} must be integer labels, got {y.dtype}")
@@ -173,6 +170,20 @@ class _Mixing(nn.Module):
         if self.num_classes is None:
             return target, target[perm], lam
         return _dense(target, target[perm], lam, self.num_classes, self.label_smoothing)
+
+    def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Target]:
+        if not self.training:
+            return x, target
+        check_float_tensor("x", x)
+        if x.dim() == 0:
+            raise ValueError("x must have a dimension of samples, got a 0-dimensional tensor")
+        _check_target(target, len(x))
+        if not self.mixup_enabled:
+            return self._unmixed(x, target)
+        return self._mixed(x, target)
+
+    def _mixed(self, x: Tensor, target: Tensor) -> tuple[Tensor, Target]:
+        raise NotImplementedError  # how is what the classes below differ in
 
     def _unmixed(self, x: Tensor, target: Tensor) -> tuple[Tensor, Target]:
         """In the form that a mixed batch has, so that the loss need not know."""
@@ -271,15 +282,7 @@ class Mixup(_Mixing):
         is_rule = lam_y is None or isinstance(lam_y, str) or callable(lam_y)
         self.lam_y = lam_y if is_rule else _check_share("lam_y", lam_y)
 
-    def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Target]:
-        if not self.training:
-            return x, target
-        check_float_tensor("x", x)
-        if x.dim() == 0:
-            raise ValueError("x must have a dimension of samples, got a 0-dimensional tensor")
-        _check_target(target, len(x))
-        if not self.mixup_enabled:
-            return self._unmixed(x, target)
+    def _mixed(self, x: Tensor, target: Tensor) -> tuple[Tensor, Target]:
         samples, device, is_cut = len(x), x.device, self._draw_method()
         shape = () if self.mode == "batch" else (samples,)
         alpha = self.cutmix_alpha if is_cut else self.mixup_alpha
@@ -287,10 +290,7 @@ class Mixup(_Mixing):
         is_mixed = _uniform(shape, self.generator, device) < self.prob
         lam = torch.where(is_mixed, self._draw(alpha, shape, device), 1.0).to(compute_dtype(x.dtype))
         if is_cut:
-            if x.dim() < 3:
-                raise ValueError(f"x must be (B, ..., H, W) for CutMix, got shape {tuple(x.shape)}")
-            height, width = x.shape[-2:]
-            x, kept = cutmix(x, None, perm, boxes=_boxes(lam, (height, width), self.generator, device))
+            x, kept = cutmix(x, lam, perm, generator=self.generator)
             lam = kept.to(lam.dtype)
         else:
             x = mixup(x, lam, perm)
@@ -457,15 +457,7 @@ class AdaMixUp(_Mixing):
         a, delta, rest = self.output(F.relu(self.hidden(features))).softmax(1).unbind(1)
         return a, delta, rest
 
-    def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Target]:
-        if not self.training:
-            return x, target
-        check_float_tensor("x", x)
-        if x.dim() == 0:
-            raise ValueError("x must have a dimension of samples, got a 0-dimensional tensor")
-        _check_target(target, len(x))
-        if not self.mixup_enabled:
-            return self._unmixed(x, target)
+    def _mixed(self, x: Tensor, target: Tensor) -> tuple[Tensor, Target]:
         perm = _permutation(len(x), self.generator, x.device)
         a, delta, _ = self.region(x, x[perm])
         u = _uniform((len(x),), self.generator, x.device)

@@ -22,6 +22,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedte
 
 from torchlin import _library
 from torchlin.ops._checks import FLOAT_DTYPES, can_look_at, check_float_tensor, in_forward_mode, needs_grad
+from torchlin.ops._vmap import one_by_one
 
 Penalty = Literal["square", "huber", "abs"]
 Reduction = Literal["mean", "sum", "none"]
@@ -744,26 +745,11 @@ def _fake_fwd_grad(a, target, *rest, **options):
     return _fake_fwd(a, target, *rest, **options)[0], *_fake_bwd(None, None, a, target)
 
 
-def _one_by_one(op):
-    """A vmap rule: each call has a whole batch of samples to do."""
-
-    def rule(info, in_dims, *arguments):
-        dims = (*in_dims, *[None] * (len(arguments) - len(in_dims)))
-        calls = [
-            op(*(x if d is None else x.select(d, i) for x, d in zip(arguments, dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        outputs = tuple(torch.stack(each) for each in zip(*calls, strict=True))
-        return outputs, (0,) * len(outputs)
-
-    return rule
-
-
 def _register() -> None:
     for name, fake in (("fwd", _fake_fwd), ("fwd_grad", _fake_fwd_grad), ("bwd", _fake_bwd)):
         torch.library.register_fake(f"torchlin::_linearity_{name}", fake)
         torch.library.register_vmap(
-            f"torchlin::_linearity_{name}", _one_by_one(getattr(_raw, f"_linearity_{name}").default)
+            f"torchlin::_linearity_{name}", one_by_one(getattr(_raw, f"_linearity_{name}").default)
         )
     torch.library.register_fake("torchlin::_linearity_scale_", lambda rows, by: None)
 

@@ -71,7 +71,7 @@ def mixup(x: Tensor, lam: float | Tensor, perm: Tensor) -> Tensor:
         lams = lam.to(x.device, compute_dtype(x.dtype)).expand(x.shape[:1])
         if needs_grad(x, lams):
             return _naming_perm(_Mixup.apply, x, 0.0, lams, perm)
-        return _naming_perm(_raw._mixup_fwd, x, 0.0, lams.contiguous().resolve_neg(), perm)
+        return _naming_perm(_raw._mixup_fwd, x, 0.0, _dense(lams), perm)
     if needs_grad(x):
         return _naming_perm(_Mixup.apply, x, lam, None, perm)
     return _naming_perm(_raw._mixup_fwd, x, lam, None, perm)
@@ -198,7 +198,8 @@ def cutmix(
         perm: (B,) int64 indices of the samples to cut from.
         boxes: your own boxes instead of random ones, (4,) or (B, 4) int64: top, bottom, left, right, the second and fourth
             not included.
-        generator: of the centres, on x's device. Default: torch's for that device.
+        generator: of the centres, on x's device, or on the CPU: then every device has the same boxes. Default: torch's for
+            x's device.
 
     Returns:
         (mixed, lam): a new tensor of x's shape, dtype and memory format, and the part of each sample that is its own,
@@ -229,6 +230,13 @@ def cutmix(
         raise ValueError("give either lam, or boxes and lam=None")
     if boxes is None:
         lam = _check_lam(lam, x)
+        if (
+            isinstance(lam, Tensor)
+            and lam.is_cpu
+            and can_look_at(lam)
+            and not bool(((lam >= 0) & (lam <= 1)).all())
+        ):
+            raise ValueError(f"lam must be in [0, 1], got {lam.tolist()}")
         boxes = cutmix_boxes(lam, x.shape[-2], x.shape[-1], device=x.device, generator=generator)
     else:
         _check_boxes(boxes, x)
@@ -282,14 +290,15 @@ def cutmix_boxes(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """CutMix's random boxes (top, bottom, left, right) for λ: (4,) for one λ, (B, 4) for a tensor (B,)."""
-    lam = torch.as_tensor(lam, dtype=torch.float64, device=device)
+    where = device if generator is None else generator.device
+    lam = torch.as_tensor(lam, dtype=torch.float64, device=where)
     side = (1 - lam.detach()).clamp(0, 1).sqrt()
     edges = []
     for size in (height, width):
         half = (size * side).long() // 2
         center = torch.randint(size, lam.shape, device=lam.device, generator=generator)
         edges += [(center - half).clamp(0, size), (center + half).clamp(0, size)]
-    return torch.stack(edges, -1)
+    return torch.stack(edges, -1).to(device, non_blocking=True)
 
 
 def _lam_of(boxes: Tensor, x: Tensor) -> Tensor:

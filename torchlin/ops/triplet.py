@@ -8,7 +8,6 @@ from a torch generator and passes it on as a tensor, which no device has to wait
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ from torchlin.ops._checks import (
     in_forward_mode,
     needs_grad,
 )
+from torchlin.ops._vmap import one_by_one
 
 _raw: Any = torch.ops.torchlin
 
@@ -347,23 +347,8 @@ def _fake_bwd(grad, x, eps, eps_at, seed, ball, low, high):
     return _empty_batch(x, x.shape[0])
 
 
-def _vmap(op: Any) -> Callable[..., Any]:
-    """Every slice has the noise that it would have alone: one call each."""
-
-    def rule(info, in_dims, *args):
-        def slice_of(i: int, at: int) -> Any:
-            return args[at] if in_dims[at] is None else args[at].movedim(in_dims[at], 0)[i]
-
-        results = [op(*(slice_of(i, at) for at in range(len(args)))) for i in range(info.batch_size)]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
-
-    return rule
-
-
 if _library.status()["cpu"].loaded:
     torch.library.register_fake("torchlin::_triplet_fwd", _fake_fwd)
     torch.library.register_fake("torchlin::_triplet_bwd", _fake_bwd)
-    torch.library.register_vmap("torchlin::_triplet_fwd", _vmap(_raw._triplet_fwd))
-    torch.library.register_vmap("torchlin::_triplet_bwd", _vmap(_raw._triplet_bwd))
+    torch.library.register_vmap("torchlin::_triplet_fwd", one_by_one(_raw._triplet_fwd))
+    torch.library.register_vmap("torchlin::_triplet_bwd", one_by_one(_raw._triplet_bwd))

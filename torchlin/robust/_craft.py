@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+
+from torchlin.nn import mixup_cross_entropy
 
 Net = Callable[[Tensor], Tensor]
 # Of logits (B, K) and targets: a number for each sample (B,).
@@ -66,14 +67,7 @@ def gradient(net: Net, z: Tensor, target: Any, loss: Loss) -> Tensor:
 
 def cross_entropy(logits: Tensor, target: Any, label_smoothing: float = 0.0) -> Tensor:
     """Per sample (B,). Targets: classes (B,), probabilities (B, K), or pairs (y1, y2, weight of y1)."""
-    if isinstance(target, tuple):
-        first, second, weight = target
-        return weight * cross_entropy(logits, first, label_smoothing) + (1 - weight) * cross_entropy(
-            logits, second, label_smoothing
-        )
-    if not target.is_floating_point() and target.dtype is not torch.int64:
-        target = target.long()
-    return F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+    return mixup_cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
 
 
 def log_odds(logits: Tensor, target: Tensor) -> Tensor:
