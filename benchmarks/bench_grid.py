@@ -20,6 +20,7 @@ from torchlin.benchmarks.harness import Case, Relation, Session
 from torchlin.benchmarks.program import MIB, OURS, Program, Sections, randn
 from torchlin.functional import grid_dequantize, grid_encode, grid_linear, grid_pack
 from torchlin.ops.grid_codes import code_dtype, packed_bytes
+from torchlin.quant.grid_solver import canonical
 
 FULL, QUICK = 4096, 256
 
@@ -49,7 +50,7 @@ class Layer:
         count = -(-k // p)
         codes = torch.randint(0, n, (out, count), generator=generator).to(code_dtype(n))
         packed = grid_pack(codes, n)
-        self.grid = torch.randn(n, p, generator=generator)
+        self.grid = canonical(torch.randn(n, p, generator=generator)).float()  # rounded as the library's are
         self.scales = torch.rand(out, 1, generator=generator).add(0.5).half()
         self.copies = [packed.clone() for _ in range(max(2, total // max(1, packed.numel())))]
         self.weight = grid_dequantize(packed, self.scales, self.grid, k)
